@@ -1,0 +1,56 @@
+"""Many jobs, here or on a cluster. Each job leaves an artefact, so an interrupted fan-out goes on where it was."""
+
+import os
+
+from lib.errors import UserError
+
+
+def threads(workers):
+    """Threads each of `workers` processes may use, so that threads x processes <= cores."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+def _quiet(function, job, count):
+    """Run one job with a bounded number of threads: two torch processes on two cores spin against each other."""
+    import torch
+
+    torch.set_num_threads(count)
+    return function(job)
+
+
+def run(function, jobs, workers=1, cluster="here", logs=None, show=True):
+    """`function` of every job, in the order of `jobs`.
+
+    function: picklable, one argument; it should return where it left its artefact (`artifacts.build`), so that a job
+    done before costs nothing. workers: processes at a time. cluster: "here", or an executor of submitit ("slurm",
+    "local"), with `logs` the folder for its files. Raises what a job raised; finished jobs stay finished.
+    """
+    jobs = list(jobs)
+    if cluster != "here":
+        return _submit(function, jobs, workers, cluster, logs)
+    if workers == 1:
+        return [function(job) for job in _progress(jobs, show)]
+    from joblib import Parallel, delayed, parallel_config
+
+    with parallel_config("loky", n_jobs=workers, inner_max_num_threads=threads(workers)):
+        stream = Parallel(return_as="generator")(delayed(_quiet)(function, j, threads(workers)) for j in jobs)
+        return list(_progress(stream, show, len(jobs)))
+
+
+def _progress(stream, show, total=None):
+    from tqdm.auto import tqdm
+
+    return tqdm(stream, total=total, disable=not show, unit="job")
+
+
+def _submit(function, jobs, workers, cluster, logs):
+    import submitit
+
+    try:
+        executor = submitit.AutoExecutor(folder=logs or "logs", cluster=cluster)
+    except RuntimeError as error:
+        raise UserError(
+            f"fan-out: cluster {cluster!r} is not available here ({error}); use 'here' or 'local'"
+        ) from None
+    executor.update_parameters(slurm_array_parallelism=workers, name="from-text-to-emoji")
+    return [job.result() for job in executor.map_array(function, jobs)]

@@ -1,0 +1,344 @@
+"""Run the notebooks headless and in order: `./run_all.sh`, or `python -m lib.run`.
+
+A notebook is run again only if its text, the code it imports, its settings, its data or its outputs changed.
+Exit codes: 0 done, 1 a cell failed, 2 wrong input (one line says what), 130 interrupted.
+"""
+
+import argparse
+import ast
+import json
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import nbformat
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from lib import artifacts, gallery, opinions, paths, profiles
+from lib.errors import UserError
+
+PARAMETERS = ("profile", "seed", "overrides")
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a notebook depends on (sections of the profile) and the artefacts it makes (folder name prefixes)."""
+
+    sections: tuple
+    makes: tuple
+
+
+STEPS = {
+    "01_dataset": Step(("opinions", "dataset"), ("opinions",)),
+    "02_classifier": Step(("opinions", "classifier", "explain"), ("tfidf", "encoder")),
+}
+
+
+def notebooks(only=None):
+    """Paths of the notebooks in order; `only` is a list of numbers such as ["01", "2"]."""
+    found = {p.name[:2]: p for p in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+    wanted = [n.strip().zfill(2) for n in only] if only else list(found)
+    for number in wanted:
+        if number not in found:
+            raise UserError(f"--only {number}: no such notebook; there are {', '.join(found)}")
+    return [found[n] for n in sorted(set(wanted))]
+
+
+def imports(source, seen=()):
+    """The modules of lib that a piece of source imports, directly or through others."""
+    names = set(seen)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
+            parts = node.module.split(".")
+            named = [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+            for name in set(named) - names:
+                path = Path(__file__).with_name(f"{name}.py")
+                if path.exists():
+                    names = imports(path.read_text("utf-8"), names | {name})
+    return names
+
+
+def stage_fingerprint(path, settings):
+    """Identity of everything a notebook's results depend on."""
+    cells = nbformat.read(path, as_version=4).cells
+    code = "\n".join(c.source for c in cells if c.cell_type == "code" and not c.source.lstrip().startswith("%"))
+    modules = sorted(Path(__file__).with_name(f"{name}.py") for name in imports(code))
+    trees = [ast.dump(ast.parse(m.read_text("utf-8"))) for m in modules]
+    sections = STEPS[path.stem].sections if path.stem in STEPS else tuple(settings.model_dump())
+    values = {s: getattr(settings, s) for s in sections if s not in ("minutes", "overrides")}
+    values = {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in values.items()}
+    common = [settings.seed, settings.about, opinions.fingerprint(settings)]
+    return artifacts.fingerprint([c.source for c in cells], trees, values, common)
+
+
+def _outputs(path, settings):
+    return sorted((paths.FIGURES / settings.profile).glob(f"{path.stem[:2]}_*.*"))
+
+
+def _record(path, settings):
+    return paths.RESULTS / settings.profile / f"{path.stem}.json"
+
+
+def finished(path, settings):
+    """The record of an earlier run whose outputs all still stand, or None."""
+    try:
+        record = json.loads(_record(path, settings).read_text("utf-8"))
+        if record["fingerprint"] != stage_fingerprint(path, settings):
+            return None
+        if any(artifacts.sha256(paths.ROOT / name) != digest for name, digest in record["outputs"].items()):
+            return None
+        return record if all(artifacts.intact(paths.ROOT / f) for f in record["artefacts"]) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class Memory:
+    """Peak resident memory of this process's children, sampled."""
+
+    def __enter__(self):
+        self.peak, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        me = psutil.Process()
+        while not self._stop.wait(0.2):
+            total = 0
+            for child in me.children(recursive=True):
+                try:
+                    total += child.memory_info().rss
+                except psutil.Error:  # it ended between listing and reading
+                    continue
+            self.peak = max(self.peak, total)
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+
+def _clock(seconds):
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def _bar():
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(24),
+        "{task.completed:>3.0f}/{task.total:.0f} cells",
+    )
+    text = [c if isinstance(c, BarColumn) else TextColumn(c) for c in columns]
+    return Progress(*text, TextColumn("{task.fields[clock]}"), console=console)
+
+
+def execute(path, settings, expected):
+    """Run one notebook through papermill with a live line; returns its record. Raises papermill's error."""
+    import papermill
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    known = papermill.inspect_notebook(str(path))
+    if missing := [p for p in PARAMETERS if p not in known]:  # papermill itself would only warn
+        raise UserError(f"{path.name}: its parameters cell lacks {', '.join(missing)}; restore it")
+    total = len(nbformat.read(path, as_version=4).cells) + 1  # papermill adds the injected parameters
+    start, target = time.monotonic(), paths.RESULTS / settings.profile / "notebooks" / path.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    before = time.time()
+    overrides = profiles.plain(settings.overrides)
+    mark = stage_fingerprint(path, settings)  # before the run: what changes during it counts for the next one
+
+    with _bar() as bar, Memory() as memory:
+        task = bar.add_task(f"{path.stem:<16}", total=total, clock="")
+
+        def tick():
+            bar.update(task, clock=f"{_clock(time.monotonic() - start)} of about {_clock(expected)}")
+
+        class Watched(NBClientEngine):
+            """papermill's engine, telling the progress bar about every finished cell."""
+
+            @classmethod
+            def execute_managed_notebook(cls, nb_man, *args, **kwargs):
+                done = nb_man.cell_complete
+
+                def complete(*a, **k):
+                    bar.advance(task)
+                    return done(*a, **k)
+
+                nb_man.cell_complete = complete
+                return super().execute_managed_notebook(nb_man, *args, **kwargs)
+
+        papermill_engines.register("watched", Watched)
+        clock = threading.Event()
+        threading.Thread(target=lambda: _every(clock, tick), daemon=True).start()
+        try:
+            papermill.execute_notebook(
+                str(path),
+                str(target),
+                parameters={"profile": settings.profile, "seed": settings.seed, "overrides": overrides},
+                engine_name="watched",
+                kernel_name="python3",
+                cwd=str(paths.NOTEBOOKS),
+                progress_bar=False,
+                log_output=False,
+                extra_arguments=["--log-level=ERROR"],  # the kernel talks to this machine only; no need to warn
+            )
+        finally:
+            clock.set()
+            tick()
+    for stale in _outputs(path, settings):
+        if stale.stat().st_mtime < before - 1:  # from an earlier version of the notebook
+            stale.unlink()
+    return _keep_record(path, settings, mark, time.monotonic() - start, memory.peak)
+
+
+def _every(stop, call):
+    while not stop.wait(0.5):
+        call()
+
+
+def _keep_record(path, settings, mark, seconds, peak):
+    outputs = {p.relative_to(paths.ROOT).as_posix(): artifacts.sha256(p) for p in _outputs(path, settings)}
+    made = STEPS[path.stem].makes if path.stem in STEPS else ()
+    folders = [p for m in made for p in (paths.RESULTS / settings.profile).glob(f"{m}-*") if p.is_dir()]
+    record = {
+        "fingerprint": mark,
+        "seconds": round(seconds, 1),
+        "peak_gb": round(peak / 2**30, 2),
+        "outputs": outputs,
+        "artefacts": [p.relative_to(paths.ROOT).as_posix() for p in folders if artifacts.intact(p)],
+    }
+    with artifacts.replacing(_record(path, settings)) as tmp:
+        tmp.write_text(json.dumps(record, indent=1), "utf-8")
+    return record
+
+
+def _row(name, record, state):
+    kinds = [json.loads((paths.ROOT / o).read_text("utf-8"))["kind"] for o in record["outputs"] if o.endswith(".json")]
+    minutes = f"{record['seconds'] / 60:.1f}"
+    return name, state, minutes, f"{record['peak_gb']:.2f}", str(kinds.count("figure")), str(kinds.count("table"))
+
+
+def _explain(error, path, settings):
+    """Print a failed cell's own error; returns the exit code."""
+    if error.ename == "UserError":
+        print(f"Error: {error.evalue}", file=sys.stderr)
+        return 2
+    shown = (paths.RESULTS / settings.profile / "notebooks" / path.name).relative_to(paths.ROOT)
+    print("\n".join(error.traceback), file=sys.stderr)
+    print(f"\n{path.stem}, cell [{error.exec_count}]: {error.ename}: {error.evalue}", file=sys.stderr)
+    print(f"The notebook as far as it ran: {shown}", file=sys.stderr)
+    return 1
+
+
+def _preflight(settings, chosen):
+    """Refuse wrong input before anything is written or loaded."""
+    opinions.load(settings.opinions)
+    if any(p.stem == "02_classifier" for p in chosen) and settings.classifier.encoder != "packaged":
+        from lib import encoders
+
+        encoders.check(settings.classifier.encoder)
+
+
+def _sweep(settings, chosen, fresh):
+    """Remove what a killed run left behind and, if asked, what the chosen notebooks made before."""
+    folder = paths.RESULTS / settings.profile
+    for rest in folder.glob(".*.*/"):
+        shutil.rmtree(rest, ignore_errors=True)
+    for path in chosen if fresh else ():
+        _record(path, settings).unlink(missing_ok=True)
+        for prefix in STEPS[path.stem].makes if path.stem in STEPS else ():
+            for made in folder.glob(f"{prefix}-*"):
+                shutil.rmtree(made)
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="./run_all.sh", description="Regenerate every figure and table: notebooks 01 onwards, headless."
+    )
+    parser.add_argument("--profile", default="tiny", help=f"one of {', '.join(profiles.names())} (default: tiny)")
+    parser.add_argument("--only", type=lambda s: s.split(","), help="notebook numbers, as in --only 01,02")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable"
+    )
+    parser.add_argument("--fresh", action="store_true", help="reuse nothing that these notebooks made before")
+    return parser.parse_args(argv)
+
+
+def run(argv):
+    """Parse, check, run; returns the exit code. Raises UserError."""
+    args = arguments(argv)
+    overrides = dict(profiles.parse_override(text) for text in args.set)
+    settings = profiles.load(args.profile, args.seed, overrides)
+    chosen = notebooks(args.only)
+    _preflight(settings, chosen)
+    folder = paths.RESULTS / settings.profile
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            _sweep(settings, chosen, args.fresh)
+            return _run_all(settings, chosen)
+    except filelock.Timeout:
+        raise UserError(f"results/{settings.profile}: another run is at work there; wait for it or stop it") from None
+
+
+def _run_all(settings, chosen):
+    from papermill.exceptions import PapermillExecutionError
+
+    rows, code = [], 0
+    for path in chosen:
+        record = finished(path, settings)
+        if record:
+            console.print(f"{path.stem:<16} up to date, reused")
+            rows.append(_row(path.stem, record, "reused"))
+            continue
+        try:
+            record = execute(path, settings, _expected(path, settings))
+            rows.append(_row(path.stem, record, "made"))
+        except PapermillExecutionError as error:
+            code = _explain(error, path, settings)
+            rows.append((path.stem, "FAILED", "", "", "", ""))
+            break
+        finally:
+            page = gallery.write(settings.profile) if (paths.FIGURES / settings.profile).exists() else None
+    _summary(rows, page)
+    return code
+
+
+def _expected(path, settings):
+    """Seconds this notebook will probably take: as last time here, or else as the profile says."""
+    try:
+        return json.loads(_record(path, settings).read_text("utf-8"))["seconds"]
+    except (OSError, ValueError, KeyError):
+        return 60 * settings.minutes.get(path.stem, 1)
+
+
+def _summary(rows, page):
+    table = Table("notebook", "", *(f"{c}" for c in ("minutes", "peak GB", "figures", "tables")))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if page:
+        console.print(f"Gallery: {page.relative_to(paths.ROOT)}", soft_wrap=True)
+
+
+def main(argv=None):
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. What is finished is kept: the same command goes on from there.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Profiles, artefacts, intervals: what the rest stands on."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from lib import artifacts, big5, intervals, profiles
+from lib.errors import UserError
+
+
+def test_every_profile_is_valid_and_says_what_it_is():
+    for name in profiles.names():
+        assert profiles.load(name).about
+
+
+def test_traits_stand_in_their_order_with_distinct_colours():
+    assert big5.ordered(["neuroticism", "openness", "openness"]) == ["openness", "neuroticism"]
+    assert len(set(big5.COLOURS.values())) == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"classifier.epochz": 1}, "did you mean classifier.epochs?"),
+        ({"nothing": 1}, "no such key"),
+        ({"classifier.epochs": "many"}, "classifier.epochs"),
+        ({"classifier.epochs": 0}, "greater than or equal to 1"),
+        ({"opinions.allow_emoji": "perhaps"}, "opinions.allow_emoji"),
+        ({"seed": 3}, "no such key"),
+    ],
+)
+def test_wrong_settings_are_named(overrides, words):
+    with pytest.raises(UserError, match="setting") as caught:
+        profiles.load("tiny", overrides=overrides)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_profile_and_unknown_key_in_a_file(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="did you mean tiny"):
+        profiles.load("tinny")
+    text = (profiles.paths.PROFILES / "tiny.toml").read_text()
+    (tmp_path / "own.toml").write_text(text.replace("[dataset]", "[dataset]\nsurprise = 1"))
+    monkeypatch.setattr(profiles.paths, "PROFILES", tmp_path)
+    with pytest.raises(UserError, match=r"own.toml, dataset.surprise: no such key"):
+        profiles.load("own")
+
+
+def test_files_in_overrides_are_relative_to_the_user(tmp_path):
+    found = profiles.load("tiny", overrides={"opinions.train": "x/y.csv"}, cwd=tmp_path)
+    assert found.opinions.train == tmp_path / "x" / "y.csv"
+    assert profiles.load("tiny", cwd=tmp_path).opinions.train.exists()
+
+
+def test_override_values_are_typed_like_toml():
+    assert profiles.parse_override("a.b=1e-4") == ("a.b", 1e-4)
+    assert profiles.parse_override("a.b=true") == ("a.b", True)
+    assert profiles.parse_override("a.b=some text=x") == ("a.b", "some text=x")
+    with pytest.raises(UserError, match="key=value"):
+        profiles.parse_override("oops")
+
+
+def test_an_artefact_is_whole_or_absent(tmp_path):
+    place, calls = tmp_path / "thing-0", []
+
+    def crash(tmp):
+        (tmp / "half.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    def make(tmp):
+        calls.append(1)
+        (tmp / "a.txt").write_text("whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.build(place, crash)
+    assert list(tmp_path.iterdir()) == []
+    artifacts.build(place, make)
+    artifacts.build(place, make)
+    assert len(calls) == 1
+    (place / "a.txt").write_text("spoilt")
+    artifacts.build(place, make)
+    assert (place / "a.txt").read_text() == "whole"
+    assert len(calls) == 2
+
+
+def test_a_missing_artefact_names_the_notebook_and_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"notebook 01_dataset makes it: \./run_all.sh --profile tiny --only 01"):
+        artifacts.require(tmp_path / "opinions-123", "01_dataset", "tiny")
+
+
+def test_fingerprints_see_content_not_layout(tmp_path):
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    one.write_text("same")
+    two.write_text("same")
+    assert artifacts.fingerprint(one, {"a": 1, "b": 2}) == artifacts.fingerprint(two, {"b": 2, "a": 1})
+    two.write_text("other")
+    assert artifacts.fingerprint(one) != artifacts.fingerprint(two)
+
+
+def test_wilson_is_the_wilson_interval():
+    expected = binomtest(185, 200).proportion_ci(method="wilson")
+    assert intervals.wilson(185, 200) == pytest.approx((0.925, expected.low, expected.high))
+    assert np.isnan(intervals.wilson(0, 0)[0])
+
+
+def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for i in range(200):
+        _, low, high = intervals.bootstrap(rng.normal(3, 1, 60), seed=i, draws=400)
+        hits += low <= 3 <= high
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_json_of_a_manifest_lists_every_file(tmp_path):
+    def make(tmp):
+        (tmp / "deep").mkdir()
+        (tmp / "deep" / "b.txt").write_text("b")
+
+    place = artifacts.build(tmp_path / "x-1", make)
+    assert list(json.loads((place / "manifest.json").read_text())) == ["deep/b.txt"]

@@ -1,0 +1,179 @@
+"""Word clouds, attributions, classifier arithmetic, figures: behaviour on cases with known answers."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import artifacts, classifier, encoders, explain, gallery, profiles, style, wordclouds
+from lib.errors import UserError
+
+WEIGHTS = {"party": 0.3, "friends": 0.2, "worry": -0.4, "🎉": 0.15}
+
+
+class Additive:
+    """A classifier whose probability of extraversion is additive in known words: LIME and SHAP must find them."""
+
+    def __init__(self):
+        self.traits = ["extraversion", "neuroticism"]
+
+    def predict_proba(self, texts):
+        p = [0.5 + sum(w for t, w in WEIGHTS.items() if t in text) for text in texts]
+        return np.column_stack([p, 1 - np.array(p)])
+
+
+TEXT = "a party 🎉 with friends and no worry at all"
+
+
+@pytest.mark.parametrize("method", explain.METHODS)
+def test_attributions_recover_an_additive_model_emojis_included(method):
+    weights = explain.METHODS[method](Additive(), TEXT, "extraversion", 300, 0)
+    assert list(weights.index) == ["a", "party", "🎉", "with", "friends", "and", "no", "worry", "at", "all"]
+    for token, weight in weights.items():
+        assert weight == pytest.approx(WEIGHTS.get(token, 0), abs=0.06)
+
+
+@pytest.mark.parametrize("method", explain.METHODS)
+def test_attributions_are_reproducible(method):
+    one, two = (explain.METHODS[method](Additive(), TEXT, "extraversion", 100, 3) for _ in range(2))
+    pd.testing.assert_series_equal(one, two)
+
+
+def test_deleting_top_words_beats_deleting_random_ones():
+    rows = pd.DataFrame({"answer": [TEXT] * 4, "trait": ["extraversion"] * 4})
+    weights = [pd.Series({t: WEIGHTS.get(t, 0) for t in explain.emojis.tokens(TEXT)})] * 4
+    curve = explain.deletion_curve(Additive(), rows, weights, 2, 20, 0).set_index(["order", "k"])["drop"]
+    assert curve["top", 1] == pytest.approx(0.3)
+    assert curve["top", 2] == pytest.approx(0.5)
+    assert curve["random", 2] < curve["top", 2]
+
+
+def test_delete_removes_every_occurrence_and_nothing_else():
+    assert explain.delete("A party, a party 🎉!", ["party", "🎉"]) == "A , a !"
+    assert explain.delete("nothing here", []) == "nothing here"
+
+
+def test_paper_words_are_present_with_a_sign_or_said_to_be_absent():
+    weights = {("tfidf", "LIME"): pd.Series({"believe": 0.2, "Consequences": 0.1})}
+    table = explain.paper_words(weights, "I believe in Consequences").set_index("word")["verdict"]
+    assert table["believe"] == "keeps its sign"
+    assert table["consequences"] == "changes its sign"
+    assert table["contributions"] == "absent from this text"
+
+
+def test_agreement():
+    one = pd.Series({"a": 1, "b": 2, "c": 3, "d": 4})
+    assert explain.agreement(one, one * 2) == pytest.approx(1)
+    assert explain.agreement(one, -one) == pytest.approx(-1)
+    assert np.isnan(explain.agreement(one, one * 0))
+
+
+def test_clouds_keep_and_draw_emojis():
+    counts = wordclouds.frequencies(["Fun 🎉🎉 with the 👍🏽 crowd", "fun ❤️"])
+    assert counts == {"fun": 2, "🎉": 2, "👍🏽": 1, "crowd": 1, "❤️": 1}
+    fig, ax = plt.subplots()
+    assert set(wordclouds.draw(ax, counts, "#000000")) == set(counts) or style.emoji_font() is None
+    plt.close(fig)
+
+
+@pytest.mark.skipif(style.emoji_font() is None, reason="no colour emoji font on this machine (fonts-noto-color-emoji)")
+def test_a_cloud_shows_the_colours_of_its_emojis():
+    fig, ax = plt.subplots()
+    wordclouds.draw(ax, {"🎉": 5, "word": 4, "😄": 3}, "#000000")
+    image = ax.images[0].get_array()[..., :3].astype(int)
+    plt.close(fig)
+    coloured = (image.max(-1) - image.min(-1)) > 80  # black words and white ground have no colour
+    assert coloured.sum() > 500
+
+
+def test_without_a_font_an_emoji_appears_by_name(monkeypatch):
+    monkeypatch.setattr(style, "EMOJI_FONTS", ())
+    monkeypatch.delenv("EMOJI_FONT", raising=False)
+    fig, ax = plt.subplots()
+    assert ":party_popper:" in wordclouds.draw(ax, {"🎉": 2, "fun": 1}, "#000000")
+    style.emoji_ticks(ax, ["fun", "🎉"])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["fun", ":party_popper:"]
+    plt.close(fig)
+
+
+def test_validation_shares_no_topic_with_fit():
+    rows = pd.DataFrame({"topic": np.repeat(np.arange(50), 3), "answer": "x", "trait": "openness"})
+    fit, held = classifier.split(rows, 0.2, 0)
+    assert not set(fit["topic"]) & set(held["topic"])
+    assert held["topic"].nunique() == 10
+
+
+def test_calibration_by_hand():
+    rows = pd.DataFrame({"confidence": [0.9] * 10, "trait": ["a"] * 10, "predicted": ["a"] * 6 + ["b"] * 4})
+    table, ece = classifier.calibration(rows, bins=1)
+    assert ece == pytest.approx(0.3)
+    assert table["accuracy"][0] == pytest.approx(0.6)
+
+
+def test_tfidf_learns_loads_and_explains_itself(tmp_path):
+    words = {"extraversion": "party friends fun", "neuroticism": "worry fear sad"}
+    rows = pd.DataFrame([{"trait": t, "answer": w} for t, w in words.items() for _ in range(10)])
+    settings = profiles.load("smoke").classifier
+    model = classifier.Tfidf(settings).fit(rows, rows)
+    model.save(tmp_path)
+    again = classifier.Tfidf.load(tmp_path, settings)
+    np.testing.assert_array_equal(model.predict_proba(["party"]), again.predict_proba(["party"]))
+    assert again.weights()["extraversion"].idxmax() in words["extraversion"].split()
+
+
+def test_the_packaged_encoder_is_the_published_one(monkeypatch):
+    assert encoders.place("packaged")
+    monkeypatch.setattr(encoders, "PACKAGE_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="sha256"):
+        encoders.place("packaged")
+
+
+@pytest.mark.parametrize("name", ["no/such-model-here", "."])
+def test_an_encoder_that_is_none_is_refused(name):
+    with pytest.raises(UserError, match=r"classifier.encoder") as caught:
+        encoders.check(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_written_checkpoints_are_not_trusted(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    assert classifier.whole_checkpoint(tmp_path) is None
+    assert not (tmp_path / "checkpoint-10").exists()
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert classifier.whole_checkpoint(tmp_path).endswith("checkpoint-10")
+
+
+def test_figures_and_tables_are_saved_whole_and_byte_for_byte_again(places):
+    settings = profiles.load("smoke")
+    save = style.Saver("01_dataset", settings)
+    table = pd.DataFrame({"trait": ["openness"], "share": [0.5], "gap": [float("nan")]})
+    digests = []
+    for _ in range(2):
+        fig, ax = plt.subplots()
+        ax.plot([1, 2])
+        save(fig, "line", "A line.", "section 3", data=table)
+        save(table, "numbers", "Numbers.", "section 3")
+        made = sorted(save.folder.iterdir())
+        digests.append([artifacts.sha256(p) for p in made])
+    assert [p.name for p in made] == [
+        *(f"01_line.{e}" for e in ("csv", "json", "pdf", "png")),
+        *(f"01_numbers.{e}" for e in ("csv", "json", "md", "tex")),
+    ]
+    assert digests[0] == digests[1]
+    meta = json.loads((save.folder / "01_line.json").read_text())
+    assert settings.about in meta["caption"]
+    assert meta["command"] == "./run_all.sh --profile smoke --only 01"
+    page = gallery.write("smoke").read_text()
+    assert 'src="01_line.png"' in page
+    assert "0.5" in page
+
+
+def test_no_path_of_this_machine_in_a_caption(places):
+    overrides = {"opinions.train": "/somewhere/private/train.csv", "opinions.test": "test.csv"}
+    save = style.Saver("01_dataset", profiles.load("smoke", overrides=overrides))
+    assert "train.csv" in save.command
+    assert "/somewhere" not in save.command + save.source

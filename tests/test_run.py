@@ -1,0 +1,224 @@
+"""The runner as a user meets it: a copy of the project, the real command line, right and wrong input."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from lib import paths
+
+ONCE = 300  # seconds a smoke run may take on a slow machine before it counts as hanging
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the project that a test may run and spoil."""
+    place = tmp_path_factory.mktemp("project")
+    for name in ("lib", "notebooks", "profiles", "data"):
+        shutil.copytree(paths.ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return place
+
+
+def start(place, *args, **kwargs):
+    env = os.environ | {"PYTHONPATH": str(place), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "lib.run", *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, cwd=kwargs.pop("cwd", place), **pipes, **kwargs)
+
+
+def run(place, *args, **kwargs):
+    process = start(place, *args, **kwargs)
+    out, err = process.communicate(timeout=ONCE)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def smoke(copy):
+    """A finished smoke run of all notebooks: (copy, standard output)."""
+    code, out, err = run(copy, "--profile", "smoke")
+    assert code == 0, err
+    return copy, out
+
+
+def values(place, notebook):
+    return json.loads((place / "results" / "smoke" / f"{notebook}.values.json").read_text())
+
+
+def test_dataset_results(smoke):
+    found = values(smoke[0], "01_dataset")
+    assert found["rows"] == 5 * (60 + 20)
+    assert found["emojis"] == 0
+    assert found["topics_in_both"] == 0
+    assert found["mean_words"] == pytest.approx(26, abs=2)
+    assert found["distinct_2"] == pytest.approx(0.63, abs=0.08)
+
+
+def test_classifier_results(smoke):
+    found = values(smoke[0], "02_classifier")
+    assert found["accuracy_tfidf"] == pytest.approx(0.6, abs=0.2)  # 60 topics only; chance is 0.2
+    assert found["accuracy_encoder"] >= 0.2
+    assert found["drop_top_tfidf"] > found["drop_random_tfidf"]
+
+
+def test_every_figure_and_table_is_there_in_every_format(smoke):
+    folder = smoke[0] / "figures" / "smoke"
+    metas = sorted(folder.glob("*.json"))
+    assert {m.name[:2] for m in metas} == {"01", "02"}
+    for meta in metas:
+        kind = json.loads(meta.read_text())["kind"]
+        for ending in ("png", "pdf", "csv") if kind == "figure" else ("csv", "md", "tex"):
+            assert meta.with_suffix(f".{ending}").stat().st_size > 20, meta
+    header = (folder / "02_classifier.csv").read_text().splitlines()[0]
+    assert header == "model,split,n,accuracy,low,high,macro_f1"
+
+
+def test_the_gallery_links_only_to_what_exists(smoke):
+    folder = smoke[0] / "figures" / "smoke"
+    page = (folder / "index.html").read_text()
+    local = [u for u in re.findall(r'(?:src|href)="([^"#]+)"', page) if not u.startswith("http")]
+    assert len(local) > 40
+    assert all((folder / u).exists() for u in local)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine (apt install chromium)")
+def test_the_gallery_shows_in_a_browser(smoke, tmp_path):
+    page = smoke[0] / "figures" / "smoke" / "index.html"
+    probe = page.with_name("probe.html")
+    script = (
+        "<script>addEventListener('load',()=>{document.title=[...document.images]"
+        ".map(i=>i.naturalWidth>0).join()})</script>"
+    )
+    probe.write_text(page.read_text().replace("</body>", script + "</body>").replace('loading="lazy"', ""))
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path}", "--dump-dom", probe.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    probe.unlink()
+    shown = re.search("<title>(.*?)</title>", dom).group(1).split(",")
+    assert len(shown) > 10
+    assert set(shown) == {"true"}
+
+
+def test_the_summary_counts_and_points_to_the_gallery(smoke):
+    out = smoke[1]
+    assert "01_dataset" in out
+    assert "peak" in out
+    assert "figures/smoke/index.html" in out
+
+
+def test_a_second_run_reuses_everything_and_starts_fast(smoke):
+    began = time.monotonic()
+    code, out, _ = run(smoke[0], "--profile", "smoke")
+    assert code == 0
+    assert out.count("reused") >= 2
+    assert time.monotonic() - began < 15  # stated for the tests only; benchmarks/ measures it
+
+
+def test_a_changed_setting_redoes_exactly_what_depends_on_it(smoke):
+    place = smoke[0]
+    code, out, err = run(place, "--profile", "smoke", "--set", "dataset.cloud_words=20")
+    assert code == 0, err
+    assert re.search(r"01_dataset\W+made", out)
+    assert re.search(r"02_classifier\W+reused", out)
+
+
+def test_a_spoilt_figure_is_made_again(smoke):
+    place = smoke[0]
+    (place / "figures" / "smoke" / "01_lengths.csv").write_text("spoilt")
+    code, out, _ = run(place, "--profile", "smoke", "--only", "1", "--set", "dataset.cloud_words=20")
+    assert code == 0
+    assert re.search(r"01_dataset\W+made", out)
+    assert (place / "figures" / "smoke" / "01_lengths.csv").read_text() != "spoilt"
+
+
+def _poisoned(place, source):
+    path = place / "notebooks" / "01_dataset.ipynb"
+    kept = path.read_text()
+    book = nbformat.reads(kept, as_version=4)
+    book.cells[6].source = source
+    nbformat.write(book, path)
+    return path, kept
+
+
+def test_a_failing_cell_shows_its_own_error_and_keeps_the_notebook(smoke):
+    place = smoke[0]
+    path, kept = _poisoned(place, "print('so far')\nraise ValueError('the cell broke')")
+    code, out, err = run(place, "--profile", "smoke", "--only", "01")
+    path.write_text(kept)
+    assert code == 1
+    assert "ValueError: the cell broke" in err
+    assert "FAILED" in out
+    assert "so far" in (place / "results" / "smoke" / "notebooks" / "01_dataset.ipynb").read_text()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopping_leaves_nothing_that_is_trusted(smoke, how):
+    place = smoke[0]
+    process = start(place, "--profile", "smoke", "--only", "01", "--fresh", start_new_session=True)
+    time.sleep(6)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does
+    else:
+        process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Interrupted" in err
+    code, out, err = run(place, "--profile", "smoke", "--only", "01")
+    assert code == 0, err
+    assert re.search(r"01_dataset\W+made", out)
+    assert not list((place / "results" / "smoke").glob(".*.*/"))
+
+
+BAD = {
+    "profile": (["--profile", "tinny"], "tiny"),
+    "setting": (["--set", "classifier.epoch=2"], "classifier.epochs"),
+    "type": (["--set", "classifier.epochs=two"], "classifier.epochs"),
+    "no value": (["--set", "classifier.epochs"], "key=value"),
+    "notebook": (["--only", "99"], "99"),
+    "file": (["--set", "opinions.train=nowhere.csv"], "no such file"),
+    "directory": (["--set", "opinions.train=lib"], "directory"),
+    "encoder": (["--set", "classifier.encoder=lib"], "classifier.encoder"),
+    "hub": (["--set", "opinions.source=hub"], "opinions.source=files"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_input_is_one_line_and_exit_code_two(copy, case):
+    args, words = BAD[case]
+    before = sorted(p.relative_to(copy) for p in copy.rglob("*") if "__pycache__" not in p.parts)
+    code, out, err = run(copy, *args)
+    assert code == 2
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("Error: ")
+    assert words in err
+    assert sorted(p.relative_to(copy) for p in copy.rglob("*") if "__pycache__" not in p.parts) == before
+
+
+def test_a_notebook_without_its_predecessor_says_what_to_run(copy, tmp_path):
+    shutil.copytree(copy, tmp_path / "p", ignore=shutil.ignore_patterns("results", "figures"))
+    code, _, err = run(tmp_path / "p", "--profile", "smoke", "--only", "02")
+    assert code == 2
+    assert "notebook 01_dataset makes it: ./run_all.sh --profile smoke --only 01" in err
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in paths.NOTEBOOKS.glob("*.ipynb")))
+def test_a_notebook_runs_from_a_kernel_started_in_its_folder(name):
+    """As JupyterLab does it: no papermill, no path set up beforehand."""
+    from nbclient import NotebookClient
+
+    book = nbformat.read(paths.NOTEBOOKS / name, as_version=4)
+    cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source = cell.source.replace('"tiny"', '"smoke"')
+    place = {"metadata": {"path": str(paths.NOTEBOOKS)}}
+    NotebookClient(book, timeout=ONCE, kernel_name="python3", resources=place).execute()
+    shown = [o for c in book.cells for o in c.get("outputs", [])]
+    assert any("image/png" in o.get("data", {}) for o in shown)
+    assert not [o for o in shown if o["output_type"] == "error"]
