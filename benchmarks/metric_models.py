@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from lib import classifier, encoders, lexicon, opinions, profiles
+from lib import encoders, finetune, lexicon, opinions, profiles
 
 RUNS = 3
 
@@ -29,11 +29,11 @@ def ratio(name, slow, fast):
 
 def fresh_encoder(settings, rows):
     """An untrained classifier head on the profile's encoder."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer
 
     path = encoders.place(settings.encoder)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=rows["trait"].nunique()).eval()
-    return classifier.Encoder(settings, model, AutoTokenizer.from_pretrained(path), sorted(set(rows["trait"])))
+    model = finetune.Pooled(AutoModel.from_pretrained(path), rows["trait"].nunique()).eval()
+    return finetune.Encoder(settings, model, AutoTokenizer.from_pretrained(path), sorted(set(rows["trait"])))
 
 
 def all_pairs(texts):

@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import regex
-from lexicalrichness import LexicalRichness
 from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 
@@ -29,6 +28,8 @@ def distinct(texts, n):
 
 def mtld(texts, threshold=0.72):
     """Measure of textual lexical diversity over the texts read as one (McCarthy & Jarvis 2010)."""
+    from lexicalrichness import LexicalRichness
+
     joined = " ".join(" ".join(words(t)) for t in texts)
     return LexicalRichness(joined, preprocessor=None, tokenizer=str.split).mtld(threshold=threshold)
 

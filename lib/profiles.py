@@ -47,12 +47,14 @@ class Classifier(Section):
     tfidf_min_df: Count
     tfidf_c: list[Annotated[float, Field(gt=0)]]
     encoder: str
+    steps: Count
     epochs: Count
     batch_size: Count
     learning_rate: Annotated[float, Field(gt=0)]
     warmup_share: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_tokens: Annotated[int, Field(ge=8)]
+    token_dropout: Annotated[float, Field(ge=0, lt=1)]
     frozen_layers: Annotated[int, Field(ge=0)]
     precision: Literal["auto", "fp32", "bf16"]
     curve_topics: list[Count]

@@ -5,14 +5,10 @@ Exit codes: 0 done, 1 a cell failed, 2 wrong input (one line says what), 130 int
 """
 
 import argparse
-import ast
 import json
-import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import filelock
 import nbformat
@@ -21,25 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from lib import artifacts, gallery, opinions, paths, profiles
+from lib import gallery, opinions, paths, profiles, steps
 from lib.errors import UserError
 
 PARAMETERS = ("profile", "seed", "overrides")
 console = Console(highlight=False)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a notebook depends on (sections of the profile) and the artefacts it makes (folder name prefixes)."""
-
-    sections: tuple
-    makes: tuple
-
-
-STEPS = {
-    "01_dataset": Step(("opinions", "dataset"), ("opinions",)),
-    "02_classifier": Step(("opinions", "classifier", "explain"), ("tfidf", "encoder")),
-}
 
 
 def notebooks(only=None):
@@ -50,54 +32,6 @@ def notebooks(only=None):
         if number not in found:
             raise UserError(f"--only {number}: no such notebook; there are {', '.join(found)}")
     return [found[n] for n in sorted(set(wanted))]
-
-
-def imports(source, seen=()):
-    """The modules of lib that a piece of source imports, directly or through others."""
-    names = set(seen)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
-            parts = node.module.split(".")
-            named = [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
-            for name in set(named) - names:
-                path = Path(__file__).with_name(f"{name}.py")
-                if path.exists():
-                    names = imports(path.read_text("utf-8"), names | {name})
-    return names
-
-
-def stage_fingerprint(path, settings):
-    """Identity of everything a notebook's results depend on."""
-    cells = nbformat.read(path, as_version=4).cells
-    code = "\n".join(c.source for c in cells if c.cell_type == "code" and not c.source.lstrip().startswith("%"))
-    modules = sorted(Path(__file__).with_name(f"{name}.py") for name in imports(code))
-    trees = [ast.dump(ast.parse(m.read_text("utf-8"))) for m in modules]
-    sections = STEPS[path.stem].sections if path.stem in STEPS else tuple(settings.model_dump())
-    values = {s: getattr(settings, s) for s in sections if s not in ("minutes", "overrides")}
-    values = {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in values.items()}
-    common = [settings.seed, settings.about, opinions.fingerprint(settings)]
-    return artifacts.fingerprint([c.source for c in cells], trees, values, common)
-
-
-def _outputs(path, settings):
-    return sorted((paths.FIGURES / settings.profile).glob(f"{path.stem[:2]}_*.*"))
-
-
-def _record(path, settings):
-    return paths.RESULTS / settings.profile / f"{path.stem}.json"
-
-
-def finished(path, settings):
-    """The record of an earlier run whose outputs all still stand, or None."""
-    try:
-        record = json.loads(_record(path, settings).read_text("utf-8"))
-        if record["fingerprint"] != stage_fingerprint(path, settings):
-            return None
-        if any(artifacts.sha256(paths.ROOT / name) != digest for name, digest in record["outputs"].items()):
-            return None
-        return record if all(artifacts.intact(paths.ROOT / f) for f in record["artefacts"]) else None
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 class Memory:
@@ -152,7 +86,7 @@ def execute(path, settings, expected):
     target.parent.mkdir(parents=True, exist_ok=True)
     before = time.time()
     overrides = profiles.plain(settings.overrides)
-    mark = stage_fingerprint(path, settings)  # before the run: what changes during it counts for the next one
+    mark = steps.fingerprint(path, settings)  # before the run: what changes during it counts for the next one
 
     with _bar() as bar, Memory() as memory:
         task = bar.add_task(f"{path.stem:<16}", total=total, clock="")
@@ -192,31 +126,15 @@ def execute(path, settings, expected):
         finally:
             clock.set()
             tick()
-    for stale in _outputs(path, settings):
+    for stale in steps.outputs(path, settings):
         if stale.stat().st_mtime < before - 1:  # from an earlier version of the notebook
             stale.unlink()
-    return _keep_record(path, settings, mark, time.monotonic() - start, memory.peak)
+    return steps.keep(path, settings, mark, time.monotonic() - start, memory.peak)
 
 
 def _every(stop, call):
     while not stop.wait(0.5):
         call()
-
-
-def _keep_record(path, settings, mark, seconds, peak):
-    outputs = {p.relative_to(paths.ROOT).as_posix(): artifacts.sha256(p) for p in _outputs(path, settings)}
-    made = STEPS[path.stem].makes if path.stem in STEPS else ()
-    folders = [p for m in made for p in (paths.RESULTS / settings.profile).glob(f"{m}-*") if p.is_dir()]
-    record = {
-        "fingerprint": mark,
-        "seconds": round(seconds, 1),
-        "peak_gb": round(peak / 2**30, 2),
-        "outputs": outputs,
-        "artefacts": [p.relative_to(paths.ROOT).as_posix() for p in folders if artifacts.intact(p)],
-    }
-    with artifacts.replacing(_record(path, settings)) as tmp:
-        tmp.write_text(json.dumps(record, indent=1), "utf-8")
-    return record
 
 
 def _row(name, record, state):
@@ -246,18 +164,6 @@ def _preflight(settings, chosen):
         encoders.check(settings.classifier.encoder)
 
 
-def _sweep(settings, chosen, fresh):
-    """Remove what a killed run left behind and, if asked, what the chosen notebooks made before."""
-    folder = paths.RESULTS / settings.profile
-    for rest in folder.glob(".*.*/"):
-        shutil.rmtree(rest, ignore_errors=True)
-    for path in chosen if fresh else ():
-        _record(path, settings).unlink(missing_ok=True)
-        for prefix in STEPS[path.stem].makes if path.stem in STEPS else ():
-            for made in folder.glob(f"{prefix}-*"):
-                shutil.rmtree(made)
-
-
 def arguments(argv):
     parser = argparse.ArgumentParser(
         prog="./run_all.sh", description="Regenerate every figure and table: notebooks 01 onwards, headless."
@@ -283,7 +189,7 @@ def run(argv):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
-            _sweep(settings, chosen, args.fresh)
+            steps.sweep(settings, chosen, args.fresh)
             return _run_all(settings, chosen)
     except filelock.Timeout:
         raise UserError(f"results/{settings.profile}: another run is at work there; wait for it or stop it") from None
@@ -294,13 +200,13 @@ def _run_all(settings, chosen):
 
     rows, code = [], 0
     for path in chosen:
-        record = finished(path, settings)
+        record = steps.finished(path, settings)
         if record:
             console.print(f"{path.stem:<16} up to date, reused")
             rows.append(_row(path.stem, record, "reused"))
             continue
         try:
-            record = execute(path, settings, _expected(path, settings))
+            record = execute(path, settings, steps.expected(path, settings))
             rows.append(_row(path.stem, record, "made"))
         except PapermillExecutionError as error:
             code = _explain(error, path, settings)
@@ -310,14 +216,6 @@ def _run_all(settings, chosen):
             page = gallery.write(settings.profile) if (paths.FIGURES / settings.profile).exists() else None
     _summary(rows, page)
     return code
-
-
-def _expected(path, settings):
-    """Seconds this notebook will probably take: as last time here, or else as the profile says."""
-    try:
-        return json.loads(_record(path, settings).read_text("utf-8"))["seconds"]
-    except (OSError, ValueError, KeyError):
-        return 60 * settings.minutes.get(path.stem, 1)
 
 
 def _summary(rows, page):

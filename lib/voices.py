@@ -166,7 +166,7 @@ class Speaker:
             frame = self.draw("mild" if role == mild else self.voice, role, topic, used)
             chosen = {p: self.rng.choice(topic.pieces[p]) for p in PIECES}
             part = fill(frame, topic, chosen)
-            used |= set(frame.slots) & set(PIECES) | {frame.facet}
+            used |= set(frame.slots) & set(PIECES) | ({frame.facet} - {self.voice})
             text = f"{text}. {part}" if role == "close" and text else text + part
         return capital(text if text[-1] in ".!?" else text + ".")
 

@@ -44,8 +44,8 @@ def _paste(image, picture, label, size, position):
     left, top, right, bottom = ImageFont.truetype(_FONT, size).getbbox(label)
     scaled = picture.copy()
     scaled.thumbnail((right - left, bottom - top), Image.LANCZOS)
-    x = position[1] + left + (right - left - scaled.width) // 2
-    y = position[0] + top + (bottom - top - scaled.height) // 2
+    x = position[1] + (right - left - scaled.width) // 2  # WordCloud draws the ink of a word at its position,
+    y = position[0] + (bottom - top - scaled.height) // 2  # without the font's own offset
     image.alpha_composite(scaled, (max(0, x), max(0, y)))
 
 

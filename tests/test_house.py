@@ -16,9 +16,9 @@ ROWS = [
     ["errors", "paths", "big5", "profiles"],
     ["artifacts", "intervals", "style", "gallery", "fanout"],
     ["emojis", "opinions", "voices", "lexicon", "encoders"],
-    ["classifier"],
+    ["tfidf", "finetune", "classifier"],
     ["wordclouds", "explain"],
-    ["run"],
+    ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 

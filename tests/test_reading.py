@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import artifacts, classifier, encoders, explain, gallery, profiles, style, wordclouds
+from lib import artifacts, classifier, encoders, explain, finetune, gallery, profiles, style, tfidf, wordclouds
 from lib.errors import UserError
 
 WEIGHTS = {"party": 0.3, "friends": 0.2, "worry": -0.4, "🎉": 0.15}
@@ -116,9 +116,9 @@ def test_tfidf_learns_loads_and_explains_itself(tmp_path):
     words = {"extraversion": "party friends fun", "neuroticism": "worry fear sad"}
     rows = pd.DataFrame([{"trait": t, "answer": w} for t, w in words.items() for _ in range(10)])
     settings = profiles.load("smoke").classifier
-    model = classifier.Tfidf(settings).fit(rows, rows)
+    model = tfidf.Tfidf(settings).fit(rows, rows)
     model.save(tmp_path)
-    again = classifier.Tfidf.load(tmp_path, settings)
+    again = tfidf.Tfidf.load(tmp_path, settings)
     np.testing.assert_array_equal(model.predict_proba(["party"]), again.predict_proba(["party"]))
     assert again.weights()["extraversion"].idxmax() in words["extraversion"].split()
 
@@ -139,12 +139,12 @@ def test_an_encoder_that_is_none_is_refused(name):
 
 def test_half_written_checkpoints_are_not_trusted(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
-    assert classifier.whole_checkpoint(tmp_path) is None
+    assert finetune.whole_checkpoint(tmp_path) is None
     assert not (tmp_path / "checkpoint-10").exists()
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert classifier.whole_checkpoint(tmp_path).endswith("checkpoint-10")
+    assert finetune.whole_checkpoint(tmp_path).endswith("checkpoint-10")
 
 
 def test_figures_and_tables_are_saved_whole_and_byte_for_byte_again(places):
@@ -177,3 +177,32 @@ def test_no_path_of_this_machine_in_a_caption(places):
     save = style.Saver("01_dataset", profiles.load("smoke", overrides=overrides))
     assert "train.csv" in save.command
     assert "/somewhere" not in save.command + save.source
+
+
+def test_the_encoder_learns_saves_loads_and_predicts_the_same(tmp_path):
+    words = {"extraversion": "what a party with friends", "neuroticism": "so much worry and fear"}
+    rows = pd.DataFrame([{"trait": t, "answer": f"{w} {i}"} for t, w in words.items() for i in range(40)])
+    settings = profiles.load("smoke", overrides={"classifier.epochs": 3, "classifier.precision": "fp32"}).classifier
+    model = finetune.Encoder(settings).fit(rows, rows.iloc[::4], 0, tmp_path / "work")
+    assert model.traits == ["extraversion", "neuroticism"]
+    p = model.predict_proba(["a party with friends", "worry"])
+    assert p[0, 0] > 0.5 > p[1, 0]
+    assert p.sum(1) == pytest.approx([1, 1])
+    model.save(tmp_path)
+    again = finetune.Encoder.load(tmp_path, settings)
+    np.testing.assert_allclose(again.predict_proba(["a party with friends", "worry"]), p, atol=1e-6)
+    assert list(again.history) == list(model.history)
+
+
+def test_prediction_does_not_depend_on_company():
+    """One text alone and in a batch of longer ones: padding must not count."""
+    from transformers import AutoModel, AutoTokenizer
+
+    settings = profiles.load("smoke", overrides={"classifier.precision": "fp32"}).classifier
+    path = encoders.place("packaged")
+    body = finetune.Pooled(AutoModel.from_pretrained(path), 2).eval()
+    model = finetune.Encoder(settings, body, AutoTokenizer.from_pretrained(path), ["extraversion", "neuroticism"])
+    texts = ["short", "a much longer text with many more words in it", "a middling text"]
+    together = model.predict_proba(texts)
+    alone = np.vstack([model.predict_proba([t]) for t in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-5)

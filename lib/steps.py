@@ -1,0 +1,111 @@
+"""What each notebook depends on and has made: when a finished one may be reused, and when not."""
+
+import ast
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+
+from lib import artifacts, opinions, paths
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a notebook depends on (sections of the profile) and the artefacts it makes (folder name prefixes)."""
+
+    sections: tuple
+    makes: tuple
+
+
+STEPS = {
+    "01_dataset": Step(("opinions", "dataset"), ("opinions",)),
+    "02_classifier": Step(("opinions", "classifier", "explain"), ("tfidf", "encoder")),
+}
+
+
+def imports(source, seen=()):
+    """The modules of lib that a piece of source imports, directly or through others."""
+    names = set(seen)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
+            parts = node.module.split(".")
+            named = [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+            for name in set(named) - names:
+                path = Path(__file__).with_name(f"{name}.py")
+                if path.exists():
+                    names = imports(path.read_text("utf-8"), names | {name})
+    return names
+
+
+def fingerprint(path, settings):
+    """Identity of everything a notebook's results depend on."""
+    cells = nbformat.read(path, as_version=4).cells
+    code = "\n".join(c.source for c in cells if c.cell_type == "code" and not c.source.lstrip().startswith("%"))
+    modules = sorted(Path(__file__).with_name(f"{name}.py") for name in imports(code))
+    trees = [ast.dump(ast.parse(m.read_text("utf-8"))) for m in modules]
+    sections = STEPS[path.stem].sections if path.stem in STEPS else tuple(settings.model_dump())
+    values = {s: getattr(settings, s) for s in sections if s not in ("minutes", "overrides")}
+    values = {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in values.items()}
+    common = [settings.seed, settings.about, opinions.fingerprint(settings)]
+    return artifacts.fingerprint([c.source for c in cells], trees, values, common)
+
+
+def outputs(path, settings):
+    """The files of a notebook in figures/<profile>/."""
+    return sorted((paths.FIGURES / settings.profile).glob(f"{path.stem[:2]}_*.*"))
+
+
+def record_path(path, settings):
+    """Where the record of a finished notebook is kept."""
+    return paths.RESULTS / settings.profile / f"{path.stem}.json"
+
+
+def finished(path, settings):
+    """The record of an earlier run whose outputs all still stand, or None."""
+    try:
+        record = json.loads(record_path(path, settings).read_text("utf-8"))
+        if record["fingerprint"] != fingerprint(path, settings):
+            return None
+        if any(artifacts.sha256(paths.ROOT / name) != digest for name, digest in record["outputs"].items()):
+            return None
+        return record if all(artifacts.intact(paths.ROOT / f) for f in record["artefacts"]) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def keep(path, settings, mark, seconds, peak):
+    """Record a finished notebook. mark: its fingerprint before the run; peak: bytes. Returns the record."""
+    made = STEPS[path.stem].makes if path.stem in STEPS else ()
+    folders = [p for m in made for p in (paths.RESULTS / settings.profile).glob(f"{m}-*") if p.is_dir()]
+    record = {
+        "fingerprint": mark,
+        "seconds": round(seconds, 1),
+        "peak_gb": round(peak / 2**30, 2),
+        "outputs": {p.relative_to(paths.ROOT).as_posix(): artifacts.sha256(p) for p in outputs(path, settings)},
+        "artefacts": [p.relative_to(paths.ROOT).as_posix() for p in folders if artifacts.intact(p)],
+    }
+    with artifacts.replacing(record_path(path, settings)) as tmp:
+        tmp.write_text(json.dumps(record, indent=1), "utf-8")
+    return record
+
+
+def expected(path, settings):
+    """Seconds this notebook will probably take: as last time here, or else as the profile says."""
+    try:
+        return json.loads(record_path(path, settings).read_text("utf-8"))["seconds"]
+    except (OSError, ValueError, KeyError):
+        return 60 * settings.minutes.get(path.stem, 1)
+
+
+def sweep(settings, chosen, fresh):
+    """Remove what a killed run left behind and, if asked, what the chosen notebooks made before."""
+    folder = paths.RESULTS / settings.profile
+    for rest in folder.glob(".*.*/"):
+        shutil.rmtree(rest, ignore_errors=True)
+    for path in chosen if fresh else ():
+        record_path(path, settings).unlink(missing_ok=True)
+        for prefix in STEPS[path.stem].makes if path.stem in STEPS else ():
+            for made in folder.glob(f"{prefix}-*"):
+                shutil.rmtree(made)
