@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+
 from lib import artifacts
 from lib.errors import UserError
 
@@ -46,9 +48,26 @@ def check(name):
         ) from None
 
 
-def embed(texts, name="packaged"):
-    """Sentence embeddings of unit length: array (texts, dimensions)."""
-    from sentence_transformers import SentenceTransformer
+def average(states, mask):
+    """Mean of the token vectors of each text, padding left out: (texts, tokens, d), (texts, tokens) -> (texts, d)."""
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
 
-    model = SentenceTransformer(place(name))
-    return model.encode(list(texts), batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+
+def embed(texts, name="packaged", batch_size=64, max_tokens=128):
+    """Sentence embeddings of unit length: array (texts, dimensions). Batches hold texts of like length."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    path = place(name)
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+    texts = list(texts)
+    order = np.argsort([len(t) for t in texts])
+    result = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+    with torch.inference_mode():
+        for chosen in np.array_split(order, -(-len(order) // batch_size)):
+            batch = [texts[i] for i in chosen]
+            batch = tokenizer(batch, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+            vectors = average(model(**batch).last_hidden_state, batch["attention_mask"])
+            result[chosen] = torch.nn.functional.normalize(vectors).numpy()
+    return result

@@ -33,8 +33,7 @@ class Pooled(torch.nn.Module):
     def forward(self, input_ids, attention_mask, labels=None, **_):
         """Logits (texts, classes), and the loss where labels are given."""
         states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weights = attention_mask.unsqueeze(-1).to(states.dtype)
-        logits = self.head(self.dropout((states * weights).sum(1) / weights.sum(1)))
+        logits = self.head(self.dropout(encoders.average(states, attention_mask)))
         if labels is None:
             return {"logits": logits}
         return {"loss": torch.nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
@@ -169,7 +168,7 @@ def _trainer(encoder, train, validation, seed, folder):
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,
-        logging_steps=20,
+        logging_steps=max(1, steps // 25),
         report_to="none",
         seed=seed,
         data_seed=seed,

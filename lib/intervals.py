@@ -11,7 +11,8 @@ def wilson(successes, n):
     if n == 0:
         return (float("nan"),) * 3
     low, high = proportion_confint(successes, n, alpha=1 - LEVEL, method="wilson")
-    return successes / n, float(low), float(high)
+    share = successes / n
+    return share, min(share, float(low)), max(share, float(high))  # rounding may leave 1 - 1e-16 beside 1
 
 
 def bootstrap(values, seed, draws=2000):

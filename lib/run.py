@@ -212,9 +212,10 @@ def _run_all(settings, chosen):
             code = _explain(error, path, settings)
             rows.append((path.stem, "FAILED", "", "", "", ""))
             break
-        finally:
-            page = gallery.write(settings.profile) if (paths.FIGURES / settings.profile).exists() else None
-    _summary(rows, page)
+        finally:  # also when interrupted: the page shows what is there
+            if (paths.FIGURES / settings.profile).exists():
+                gallery.write(settings.profile)
+    _summary(rows, paths.FIGURES / settings.profile / "index.html")
     return code
 
 
@@ -223,7 +224,7 @@ def _summary(rows, page):
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    if page:
+    if page.exists():
         console.print(f"Gallery: {page.relative_to(paths.ROOT)}", soft_wrap=True)
 
 

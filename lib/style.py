@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import seaborn as sns
-from IPython.display import Markdown, display
+from IPython.display import Image, Markdown, display
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image as Picture
+from PIL import ImageDraw, ImageFont
 
 from lib import big5, paths
 from lib.artifacts import replacing
@@ -68,7 +69,7 @@ def emoji_picture(grapheme):
     if path is None:
         return None
     font = ImageFont.truetype(path, EMOJI_SIZE)
-    picture = Image.new("RGBA", (150, 150), (0, 0, 0, 0))
+    picture = Picture.new("RGBA", (150, 150), (0, 0, 0, 0))
     ImageDraw.Draw(picture).text((4, 10), grapheme, font=font, embedded_color=True)
     box = picture.getbbox()
     return picture.crop(box) if box else None
@@ -180,20 +181,32 @@ class Saver:
         if data is not None:
             with replacing(self.folder / f"{stem}.csv") as tmp:
                 data.to_csv(tmp, index=False, float_format="%.6g")
-        display(figure)
+        display(
+            Image(self.folder / f"{stem}.png", width=round(figure.get_figwidth() * 90))
+        )  # what is shown is what is saved
         plt.close(figure)
 
     def _table(self, table, stem):
-        shown = table.map(lambda v: f"{v:.3f}" if isinstance(v, float) and v == v else "" if v != v else v)
+        shown = table.map(_shown)
         with replacing(self.folder / f"{stem}.csv") as tmp:
             table.to_csv(tmp, index=False, float_format="%.6g")
         with replacing(self.folder / f"{stem}.md") as tmp:
             tmp.write_text(shown.to_markdown(index=False, disable_numparse=True) + "\n", "utf-8")
         with replacing(self.folder / f"{stem}.tex") as tmp:
-            shown.style.hide(axis="index").to_latex(tmp, hrules=True, convert_css=True)
+            escaped = shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+            escaped.to_latex(tmp, hrules=True)
         display(shown.style.hide(axis="index"))
+
+
+def _shown(value):
+    """A table cell for reading: three decimals, none for whole numbers, nothing for a missing value."""
+    if not isinstance(value, float):
+        return value
+    if value != value:
+        return ""
+    return f"{value:.0f}" if value.is_integer() and abs(value) >= 2 else f"{value:.3f}"
 
 
 def wrap(labels, width=14):
     """Labels broken into lines, for narrow axes."""
-    return [textwrap.fill(str(label), width) for label in labels]
+    return [textwrap.fill(str(label), width, break_long_words=False) for label in labels]

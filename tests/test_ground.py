@@ -103,6 +103,10 @@ def test_wilson_is_the_wilson_interval():
     expected = binomtest(185, 200).proportion_ci(method="wilson")
     assert intervals.wilson(185, 200) == pytest.approx((0.925, expected.low, expected.high))
     assert np.isnan(intervals.wilson(0, 0)[0])
+    for n in range(1, 200):
+        for k in (0, n):
+            share, low, high = intervals.wilson(k, n)
+            assert low <= share <= high
 
 
 def test_bootstrap_covers_the_mean_about_as_often_as_it_says():

@@ -150,7 +150,7 @@ def test_half_written_checkpoints_are_not_trusted(tmp_path):
 def test_figures_and_tables_are_saved_whole_and_byte_for_byte_again(places):
     settings = profiles.load("smoke")
     save = style.Saver("01_dataset", settings)
-    table = pd.DataFrame({"trait": ["openness"], "share": [0.5], "gap": [float("nan")]})
+    table = pd.DataFrame({"trait": ["openness"], "share, %": [0.5], "n": [4.0], "gap": [float("nan")]})
     digests = []
     for _ in range(2):
         fig, ax = plt.subplots()
@@ -164,6 +164,8 @@ def test_figures_and_tables_are_saved_whole_and_byte_for_byte_again(places):
         *(f"01_numbers.{e}" for e in ("csv", "json", "md", "tex")),
     ]
     assert digests[0] == digests[1]
+    assert "share, \\%" in (save.folder / "01_numbers.tex").read_text()
+    assert "| openness | 0.500      | 4   |       |" in (save.folder / "01_numbers.md").read_text()
     meta = json.loads((save.folder / "01_line.json").read_text())
     assert settings.about in meta["caption"]
     assert meta["command"] == "./run_all.sh --profile smoke --only 01"
@@ -206,3 +208,15 @@ def test_prediction_does_not_depend_on_company():
     together = model.predict_proba(texts)
     alone = np.vstack([model.predict_proba([t]) for t in texts])
     np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_embeddings_put_like_beside_like_whatever_their_company():
+    texts = [
+        "a dog barks at night",
+        "the hound howls after dark",
+        "interest rates rise again in spring of this long year",
+    ]
+    vectors = encoders.embed(texts)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1, 1], abs=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2
+    np.testing.assert_allclose(encoders.embed(texts[:1])[0], vectors[0], atol=1e-5)

@@ -53,11 +53,11 @@ def values(place, notebook):
 
 def test_dataset_results(smoke):
     found = values(smoke[0], "01_dataset")
-    assert found["rows"] == 5 * (60 + 20)
+    assert found["rows"] == 5 * (50 + 20)
     assert found["emojis"] == 0
     assert found["topics_in_both"] == 0
     assert found["mean_words"] == pytest.approx(26, abs=2)
-    assert found["distinct_2"] == pytest.approx(0.63, abs=0.08)
+    assert found["distinct_2"] == pytest.approx(0.79, abs=0.05)
 
 
 def test_classifier_results(smoke):
