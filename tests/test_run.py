@@ -53,7 +53,7 @@ def values(place, notebook):
 
 def test_dataset_results(smoke):
     found = values(smoke[0], "01_dataset")
-    assert found["rows"] == 5 * (50 + 20)
+    assert found["rows"] == 5 * (40 + 20)
     assert found["emojis"] == 0
     assert found["topics_in_both"] == 0
     assert found["mean_words"] == pytest.approx(26, abs=2)
@@ -62,7 +62,7 @@ def test_dataset_results(smoke):
 
 def test_classifier_results(smoke):
     found = values(smoke[0], "02_classifier")
-    assert found["accuracy_tfidf"] == pytest.approx(0.6, abs=0.2)  # 60 topics only; chance is 0.2
+    assert found["accuracy_tfidf"] == pytest.approx(0.6, abs=0.2)  # 40 topics only; chance is 0.2
     assert found["accuracy_encoder"] >= 0.2
     assert found["drop_top_tfidf"] > found["drop_random_tfidf"]
 
