@@ -57,6 +57,7 @@ def test_dataset_results(smoke):
     assert found["emojis"] == 0
     assert found["topics_in_both"] == 0
     assert found["mean_words"] == pytest.approx(26, abs=2)
+    assert found["mtld"] == pytest.approx(105, abs=25)  # in file order; by trait it would be far higher
     assert found["distinct_2"] == pytest.approx(0.79, abs=0.05)
 
 
