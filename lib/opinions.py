@@ -79,6 +79,7 @@ def read_hub(settings):
     """Both splits of the hub dataset in the form of `read_csv`, in file order. Raises UserError."""
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's concern
     name = settings.hub_id
     remedy = "check the id, your connection and (if it is gated) `hf auth login`, or use --set opinions.source=files"
     try:
