@@ -12,7 +12,7 @@ import pandas as pd
 from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupShuffleSplit
 
-from lib import artifacts, finetune, intervals, opinions, paths, tfidf
+from lib import artifacts, emojis, encoders, finetune, intervals, opinions, paths, tfidf
 from lib.finetune import Encoder
 from lib.tfidf import Tfidf
 
@@ -31,7 +31,8 @@ def folder(kind, settings, rows, seed):
     values = settings.classifier.model_dump(mode="json")
     own = {k: v for k, v in values.items() if "curve" not in k and k.startswith("tfidf") == linear}
     own["validation_share"] = values["validation_share"]
-    mark = artifacts.fingerprint(kind, own, digest, seed, tfidf if linear else finetune)
+    code = (tfidf, emojis) if linear else (finetune, encoders)  # every module that shapes the trained model
+    mark = artifacts.fingerprint(kind, own, digest, seed, *code)
     return paths.RESULTS / settings.profile / f"{kind}-{mark}"
 
 

@@ -181,9 +181,8 @@ class Saver:
         if data is not None:
             with replacing(self.folder / f"{stem}.csv") as tmp:
                 data.to_csv(tmp, index=False, float_format="%.6g")
-        display(
-            Image(self.folder / f"{stem}.png", width=round(figure.get_figwidth() * 90))
-        )  # what is shown is what is saved
+        saved = str(self.folder / f"{stem}.png")  # what is shown is what is saved
+        display(Image(filename=saved, width=round(figure.get_figwidth() * 90)))
         plt.close(figure)
 
     def _table(self, table, stem):
