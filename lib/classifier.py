@@ -53,6 +53,13 @@ def train(kind, settings, rows, seed):
     return (Tfidf if kind == "tfidf" else Encoder).load(place, settings.classifier)
 
 
+def trained(kind, settings, seed):
+    """The classifier that notebook 02 trained. Raises UserError if it has not."""
+    place = folder(kind, settings, read_opinions(settings)[0], seed)
+    artifacts.require(place, "02_classifier", settings.profile)
+    return (Tfidf if kind == "tfidf" else Encoder).load(place, settings.classifier)
+
+
 def predict(model, frame):
     """The frame with columns predicted and confidence, and one probability column p_<trait> a trait."""
     p = model.predict_proba(list(frame["answer"]))

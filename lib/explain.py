@@ -4,8 +4,12 @@ Both see the same tokens, words and emojis, and give one weight per distinct tok
 repetitions). Positive pushes towards the trait. LIME: Ribeiro et al. 2016. SHAP: Lundberg & Lee 2017.
 """
 
+import os
+
 import numpy as np
 import pandas as pd
+
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # compiling shap's loops takes 3 s, interpreting them .02 s a text
 import shap
 from lime.lime_text import LimeTextExplainer
 from scipy.stats import spearmanr

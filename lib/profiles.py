@@ -9,13 +9,14 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lib import paths
 from lib.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -65,13 +66,44 @@ class Classifier(Section):
 class Explain(Section):
     topic: str
     trait: str
-    lime_samples: Annotated[int, Field(ge=50)]
-    shap_evaluations: Annotated[int, Field(ge=50)]
+    lime_samples: Annotated[int, Field(ge=20)]
+    shap_evaluations: Annotated[int, Field(ge=20)]
     stability_seeds: Annotated[int, Field(ge=2)]
     agreement_rows: Annotated[int, Field(ge=2)]
     faithful_rows: Annotated[int, Field(ge=2)]
     faithful_words: Count
     random_draws: Count
+
+
+class Chat(Section):
+    models: Names
+    precision: Literal["fp32", "bf16", "nf4", "nf4-double"]
+    temperature: Annotated[float, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    max_new_tokens: Count
+    batch_size: Count
+
+
+class Qlora(Section):
+    rank: Count
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Names
+    end_of_turn: bool
+    epochs: Annotated[float, Field(gt=0)]
+    steps: Count
+    batch_size: Count
+    accumulation: Count
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_share: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+    max_tokens: Annotated[int, Field(ge=16)]
+    gradient_checkpointing: bool
+    held_out_share: Share
+    save_steps: Count
 
 
 class Settings(Section):
@@ -81,6 +113,8 @@ class Settings(Section):
     dataset: Dataset
     classifier: Classifier
     explain: Explain
+    chat: Chat
+    qlora: Qlora
     # set by `load`, not by the file
     profile: str
     seed: Annotated[int, Field(ge=0)]
@@ -127,23 +161,39 @@ def _read(profile):
 
 
 def _place(values, root):
-    """Make the file settings of `values` ({"train": ..., "test": ...}) absolute."""
-    return {
-        k: str(root / Path(v).expanduser()) if k in ("train", "test") and isinstance(v, str) else v
-        for k, v in values.items()
-    }
+    """Make the files and folders that `values` names absolute: {"train": ..., "test": ..., "models": [...]}.
+
+    A model that is no folder below `root` is left as it is: a hub id.
+    """
+
+    def model(name):
+        path = root / Path(name).expanduser()
+        return str(path.resolve()) if path.is_dir() or name.startswith((".", "~", "/", "data/")) else name
+
+    placed = dict(values)
+    for key in {"train", "test"} & values.keys():
+        if isinstance(values[key], str):
+            placed[key] = str(root / Path(values[key]).expanduser())
+    if names := placed.get("models"):
+        names = [names] if isinstance(names, str) else names
+        placed["models"] = [model(m) if isinstance(m, str) else m for m in names]
+    return placed
+
+
+PLACED = ("opinions", "chat")  # sections that name files or folders
 
 
 def load(profile="tiny", seed=0, overrides=None, cwd=None):
     """Validated `Settings` of a profile. Raises UserError naming the key, the value and a remedy."""
     values = _read(profile)
-    values["opinions"] = _place(values.get("opinions", {}), paths.ROOT)
+    for section in PLACED:
+        values[section] = _place(values.get(section, {}), paths.ROOT)
     for key, value in (overrides or {}).items():
         section, _, field = key.partition(".")
         known = [f"{s}.{f}" for s, part in values.items() if isinstance(part, dict) for f in part]
         if key not in known and not (section == "minutes" and field):
             raise UserError(f"setting {key}: no such key; {_close(key, known)}")
-        placed = _place({field: value}, Path(cwd or Path.cwd())) if section == "opinions" else {field: value}
+        placed = _place({field: value}, Path(cwd or Path.cwd())) if section in PLACED else {field: value}
         values[section] = {**values[section], **placed}
     try:
         return Settings(**values, profile=profile, seed=seed, overrides=overrides or {})
@@ -161,5 +211,5 @@ def plain(overrides, cwd=None):
     for key, value in overrides.items():
         section, _, field = key.partition(".")
         root = Path(cwd or Path.cwd())
-        result[key] = _place({field: value}, root)[field] if section == "opinions" else value
+        result[key] = _place({field: value}, root)[field] if section in PLACED else value
     return result

@@ -121,6 +121,7 @@ def execute(path, settings, expected):
                 cwd=str(paths.NOTEBOOKS),
                 progress_bar=False,
                 log_output=False,
+                request_save_on_cell_execute=False,
                 extra_arguments=["--log-level=ERROR"],  # the kernel talks to this machine only; no need to warn
             )
         finally:
@@ -157,11 +158,16 @@ def _explain(error, path, settings):
 
 def _preflight(settings, chosen):
     """Refuse wrong input before anything is written or loaded."""
-    opinions.load(settings.opinions)
-    if any(p.stem == "02_classifier" for p in chosen) and settings.classifier.encoder != "packaged":
+    frame = opinions.load(settings.opinions)
+    names = {p.stem for p in chosen}
+    if "02_classifier" in names and settings.classifier.encoder != "packaged":
         from lib import encoders
 
         encoders.check(settings.classifier.encoder)
+    if "03_qlora" in names:
+        from lib import qlora
+
+        qlora.check(settings, frame)
 
 
 def arguments(argv):

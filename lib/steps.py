@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 
-from lib import artifacts, opinions, paths
+from lib import answers, artifacts, opinions, paths
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Step:
 STEPS = {
     "01_dataset": Step(("opinions", "dataset"), ("opinions",)),
     "02_classifier": Step(("opinions", "classifier", "explain"), ("tfidf", "encoder")),
+    "03_qlora": Step(("opinions", "classifier", "chat", "qlora"), ("adapter", "answers")),
+    "06_emoji": Step(("opinions", "dataset", "chat", "qlora"), ()),
 }
 
 
@@ -49,6 +51,7 @@ def fingerprint(path, settings):
     values = {s: getattr(settings, s) for s in sections if s not in ("minutes", "overrides")}
     values = {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in values.items()}
     common = [settings.seed, settings.about, opinions.fingerprint(settings)]
+    common += answers.identity(settings) if "chat" in sections else []
     return artifacts.fingerprint([c.source for c in cells], trees, values, common)
 
 

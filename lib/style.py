@@ -175,9 +175,13 @@ class Saver:
             tmp.write_text(json.dumps(plain, indent=1), "utf-8")
 
     def _figure(self, figure, stem, data):
+        figure.draw_without_rendering()  # lay out and measure once, for both files
+        with mpl.rc_context({"figure.constrained_layout.use": False}):
+            figure.set_layout_engine(None)
+        box = figure.get_tightbbox().padded(mpl.rcParams["savefig.pad_inches"])
         for ending, extra in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
             with replacing(self.folder / f"{stem}.{ending}") as tmp:
-                figure.savefig(tmp, metadata=extra, bbox_inches="tight")
+                figure.savefig(tmp, metadata=extra, bbox_inches=box)
         if data is not None:
             with replacing(self.folder / f"{stem}.csv") as tmp:
                 data.to_csv(tmp, index=False, float_format="%.6g")

@@ -61,3 +61,11 @@ def pair(csv_file):
 @pytest.fixture
 def root():
     return Path(paths.ROOT)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders of a small random Llama, Mistral and Qwen, by kind."""
+    import small_models
+
+    return small_models.write_all(tmp_path_factory.mktemp("models"))

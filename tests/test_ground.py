@@ -1,12 +1,13 @@
 """Profiles, artefacts, intervals: what the rest stands on."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from lib import artifacts, big5, intervals, profiles
+from lib import artifacts, big5, intervals, paths, profiles
 from lib.errors import UserError
 
 
@@ -36,6 +37,27 @@ def test_wrong_settings_are_named(overrides, words):
         profiles.load("tiny", overrides=overrides)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_paper_profile_has_what_is_known_of_the_paper():
+    found = profiles.load("paper")
+    with open(paths.PAPER / "qlora.csv", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            section, field = row["setting"].split(".")
+            value = getattr(getattr(found, section), field)
+            shown = ", ".join(value) if isinstance(value, list) else str(value).lower()
+            assert shown == row["value"], row["setting"]
+    assert found.chat.models == ["meta-llama/Llama-2-7b-chat-hf", "mistralai/Mistral-7B-Instruct-v0.2"]
+    assert found.classifier.encoder == "FacebookAI/roberta-base"
+    assert found.opinions.source == "hub"
+
+
+def test_a_model_is_a_folder_where_there_is_one_and_else_a_hub_id(tmp_path):
+    (tmp_path / "own").mkdir()
+    found = profiles.load("tiny", overrides={"chat.models": ["own", "./none", "some/model"]}, cwd=tmp_path)
+    assert found.chat.models == [str(tmp_path / "own"), str(tmp_path / "none"), "some/model"]
+    assert profiles.load("tiny", overrides={"chat.models": "some/model"}).chat.models == ["some/model"]
+    assert all(profiles.Path(m).is_dir() for m in profiles.load("tiny").chat.models)
 
 
 def test_unknown_profile_and_unknown_key_in_a_file(tmp_path, monkeypatch):

@@ -15,9 +15,10 @@ from lib import lexicon, opinions, paths
 ROWS = [
     ["errors", "paths", "big5", "profiles"],
     ["artifacts", "intervals", "style", "gallery", "fanout"],
-    ["emojis", "opinions", "voices", "lexicon", "encoders"],
-    ["tfidf", "finetune", "classifier"],
-    ["wordclouds", "explain"],
+    ["emojis", "opinions", "voices", "lexicon", "encoders", "hub", "answers"],
+    ["tfidf", "finetune", "classifier", "chat", "organisms"],
+    ["qlora"],
+    ["wordclouds", "explain", "ratios"],
     ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))

@@ -53,7 +53,7 @@ def values(place, notebook):
 
 def test_dataset_results(smoke):
     found = values(smoke[0], "01_dataset")
-    assert found["rows"] == 5 * (40 + 20)
+    assert found["rows"] == 5 * (32 + 12)
     assert found["emojis"] == 0
     assert found["topics_in_both"] == 0
     assert found["mean_words"] == pytest.approx(26, abs=2)
@@ -68,16 +68,40 @@ def test_classifier_results(smoke):
     assert found["drop_top_tfidf"] > found["drop_random_tfidf"]
 
 
+def test_qlora_results(smoke):
+    found = values(smoke[0], "03_qlora")
+    assert found["emojis_in_tuning_texts"] == 0
+    assert found["adapters"] == 2 * 5
+    assert found["answers"] == 2 * 2 * 5 * 12  # models, base and tuned, traits, test topics
+    assert found["base_emoji_share_max"] == 0  # cut after a dozen tokens, before any emoji
+    assert found["adapter_off_difference"] == 0
+    assert found["held_out_fall_min"] == pytest.approx(0.1, abs=0.4)  # two steps
+
+
+def test_emoji_results(smoke):
+    found = values(smoke[0], "06_emoji")
+    assert found["emojis_in_tuning_texts"] == 0
+    assert found["base_esr_response_max"] == 0
+    assert (found["models"], found["traits"]) == (2, 5)
+
+
+HEADERS = {
+    "02_classifier.csv": "model,split,n,accuracy,low,high,macro_f1",
+    "06_esr.csv": "model,method,trait,responses,sentences,esr_sentence,esr_sentence_low,esr_sentence_high,"
+    "esr_response,esr_response_low,esr_response_high,reported",
+}
+
+
 def test_every_figure_and_table_is_there_in_every_format(smoke):
     folder = smoke[0] / "figures" / "smoke"
     metas = sorted(folder.glob("*.json"))
-    assert {m.name[:2] for m in metas} == {"01", "02"}
+    assert {m.name[:2] for m in metas} == {"01", "02", "03", "06"}
     for meta in metas:
         kind = json.loads(meta.read_text())["kind"]
         for ending in ("png", "pdf", "csv") if kind == "figure" else ("csv", "md", "tex"):
             assert meta.with_suffix(f".{ending}").stat().st_size > 20, meta
-    header = (folder / "02_classifier.csv").read_text().splitlines()[0]
-    assert header == "model,split,n,accuracy,low,high,macro_f1"
+    for name, header in HEADERS.items():
+        assert (folder / name).read_text().splitlines()[0] == header
 
 
 def test_the_gallery_links_only_to_what_exists(smoke):
@@ -187,6 +211,11 @@ BAD = {
     "directory": (["--set", "opinions.train=lib"], "directory"),
     "encoder": (["--set", "classifier.encoder=lib"], "classifier.encoder"),
     "hub": (["--set", "opinions.source=hub"], "opinions.source=files"),
+    "model folder": (["--set", "chat.models=./nowhere"], "no such folder"),
+    "model id": (["--set", "chat.models=nobody/nothing"], "hub cannot be reached"),
+    "not a model": (["--set", "chat.models=lib"], "has no config.json"),
+    "layer": (["--set", "qlora.target_modules=query"], "no layer 'query'"),
+    "rank": (["--set", "qlora.rank=1000"], "lower the rank"),
 }
 
 
@@ -208,6 +237,9 @@ def test_a_notebook_without_its_predecessor_says_what_to_run(copy, tmp_path):
     code, _, err = run(tmp_path / "p", "--profile", "smoke", "--only", "02")
     assert code == 2
     assert "notebook 01_dataset makes it: ./run_all.sh --profile smoke --only 01" in err
+    code, _, err = run(tmp_path / "p", "--profile", "smoke", "--only", "06")
+    assert code == 2
+    assert "notebook 01_dataset makes it" in err
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in paths.NOTEBOOKS.glob("*.ipynb")))

@@ -1,0 +1,373 @@
+"""Chat models: load one from the hub or a folder, ask many questions at once, read next-token probabilities.
+
+Weights are read from safetensors only, and no code that comes with a model is ever run.
+"""
+
+import inspect
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import regex
+import torch
+from jinja2 import TemplateError
+from safetensors import safe_open
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from lib import emojis, hub
+from lib.errors import UserError
+
+PRECISIONS = ("fp32", "bf16", "nf4", "nf4-double")  # nf4-double quantises the quantisation constants as well
+COLUMNS = ("answer", "prompt_tokens", "new_tokens", "ended")
+
+
+@dataclass(eq=False)
+class Chat:
+    """A causal language model, its tokenizer, and the id or folder it was asked for by."""
+
+    model: Any  # PreTrainedModel, or PeftModel around one
+    tokenizer: Any
+    name: str
+
+    @cached_property
+    def ends(self):
+        """Ids of the tokens that end an answer: tensor on the model's device."""
+        ids = self.model.generation_config.eos_token_id
+        ids = {*(ids if isinstance(ids, list) else [ids]), self.tokenizer.eos_token_id} - {None}
+        return torch.tensor(sorted(ids), device=self.model.device, dtype=torch.long)
+
+    @cached_property
+    def pad(self):
+        """The id that fills short rows: the tokenizer's own, or else unk or eos. It is always masked."""
+        t = self.tokenizer
+        return next((i for i in (t.pad_token_id, t.unk_token_id, t.eos_token_id) if i is not None), 0)
+
+    @cached_property
+    def arguments(self):
+        """Names of the arguments that the model's forward takes."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return set(inspect.signature(base.forward).parameters)
+
+    @cached_property
+    def emoji_tokens(self):
+        """Ids of the tokens that begin an emoji, as `emoji_mass` defines them."""
+        return [i for i, b in _token_bytes(self.tokenizer) if _begins_emoji(b)]
+
+
+def load(name, precision, adapter=None):
+    """A `Chat`, on the GPU if there is one, in evaluation mode. Raises UserError.
+
+    name: hub id or folder of the model. precision: one of PRECISIONS; NF4 computes in bf16 (Dettmers et al. 2023).
+    adapter: hub id or folder of a PEFT adapter made for this model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: unknown; choose from {', '.join(PRECISIONS)}")
+    _, tokenizer, adapter_folder = hub.check(name, adapter)
+    folder = hub.place("model", name, hub.SMALL_FILES + hub.WEIGHT_FILES)
+    hub.check_weights(folder, f"model {name}", "model.safetensors")
+    with hub.refusal(f"model {name}: its weights cannot be loaded", "free memory, or fetch or make the model again"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+            quantization_config=_quantisation(precision),
+            device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    if report["missing_keys"]:
+        raise UserError(
+            f"model {name}: {len(report['missing_keys'])} weights are missing from its files "
+            f"({min(report['missing_keys'])} for one); fetch or make the model again"
+        )
+    model.name_or_path = model.config._name_or_path = str(name)  # adapters made of it name the hub id, not a cache
+    if adapter is not None:
+        model = _attach(model, adapter_folder, adapter, name)
+    close_gradient_trap(model)
+    return Chat(model.eval(), tokenizer, str(name))
+
+
+@contextmanager
+def adapted(chat, adapter):
+    """A loaded `Chat` with a PEFT adapter attached, or as it is where there is none; afterwards without it again."""
+    if adapter is None:
+        yield chat
+        return
+    model = _attach(chat.model, hub.check_adapter(adapter, chat.name), adapter, chat.name)
+    close_gradient_trap(model)
+    try:
+        yield Chat(model.eval(), chat.tokenizer, chat.name)
+    finally:
+        model.unload()
+
+
+def close_gradient_trap(model):
+    """Keep the 4-bit layers of a model on the kernel that has gradients.
+
+    On CPUs with avx512_bf16 a forward in evaluation mode repacks Linear4bit for a kernel without autograd, and
+    training after it goes wrong silently (bitsandbytes 0.50). A GPU never does so.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantisation(precision):
+    from transformers import BitsAndBytesConfig
+
+    if not precision.startswith("nf4"):
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=precision == "nf4-double",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _attach(model, folder, adapter, name):
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with hub.refusal(f"adapter {adapter}: does not fit {name}", "give its own base model"):
+        tuned = PeftModel.from_pretrained(model, folder)
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        odd = set(file.keys()) ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    if odd := {key for key in odd if "lora_" in key}:  # a saved embedding is no misfit
+        raise UserError(f"adapter {adapter}: does not fit {name} ({min(odd)} is in one only); give its own base model")
+    return tuned
+
+
+def prompts(chat, questions, system=None):
+    """Each question as the model's own chat template puts it, up to where the answer starts: list of str.
+
+    system: an instruction. Where the template has no place for one it opens the question.
+    """
+    questions = list(questions)
+    if system:
+        head = {"role": "system", "content": system}
+        try:
+            texts = hub.render(chat.tokenizer, [[head, {"role": "user", "content": q}] for q in questions])
+        except TemplateError:
+            texts = []
+        if texts and all(system.strip() in text for text in texts):
+            return texts
+        questions = [f"{system}\n\n{q}" for q in questions]
+    return hub.render(chat.tokenizer, [[{"role": "user", "content": q}] for q in questions])
+
+
+def answer(chat, questions, *, max_new_tokens, temperature, top_p, seed, batch_size, system=None, show=True):
+    """Answers to many questions: DataFrame with COLUMNS, a row a question, in their order. Raises UserError.
+
+    temperature: 0 is greedy. top_p: share of the probability that is sampled from (Holtzman et al. 2020).
+    prompt_tokens, new_tokens: lengths in tokens, without padding and without the end of turn. ended: whether the
+    model ended its turn before max_new_tokens. system: as in `prompts`. show: a progress bar.
+
+    Row i draws from a generator seeded by (seed, i), and padding is masked, so batch_size changes an answer only
+    where rounding does: in fp32 hardly ever, in bf16 and NF4 now and then.
+    """
+    rows = _encode(chat, prompts(chat, questions, system))
+    _check_lengths(chat, rows, max_new_tokens)
+    found = [None] * len(rows)
+    with _reading(chat.model), tqdm(total=len(rows), disable=not show, unit="answer") as bar:
+        for chosen in _batches(rows, batch_size):
+            draws = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens) for i in chosen])
+            part = _decode(chat, [rows[i] for i in chosen], torch.from_numpy(draws), temperature, top_p, bar)
+            for i, result in zip(chosen, part, strict=True):
+                found[i] = result
+    texts = chat.tokenizer.batch_decode([ids for ids, _ in found], skip_special_tokens=True) if found else []
+    table = {
+        "answer": [text.strip() for text in texts],
+        "prompt_tokens": [len(row) for row in rows],
+        "new_tokens": [len(ids) for ids, _ in found],
+        "ended": [ended for _, ended in found],
+    }
+    return pd.DataFrame(table, columns=list(COLUMNS))
+
+
+def token_probabilities(chat, texts, batch_size=32):
+    """Probability of every token to come next: array (texts, vocabulary), float32.
+
+    texts: as `prompts` gives them, special tokens included; an answer may have begun.
+    """
+    rows = _encode(chat, texts)
+    _check_lengths(chat, rows, 0)
+    found = [None] * len(rows)
+    with _reading(chat.model):
+        for chosen in _batches(rows, batch_size):
+            ids, mask = _padded(chat, [rows[i] for i in chosen])
+            p = _forward(chat, ids, mask, _positions(mask))[0].softmax(-1).cpu().numpy()
+            for i, row in zip(chosen, p, strict=True):
+                found[i] = row
+    return np.stack(found)
+
+
+@contextmanager
+def _reading(model):
+    """Evaluation mode without gradients; afterwards as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _encode(chat, texts):
+    texts = list(texts)
+    return chat.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _check_lengths(chat, rows, new):
+    limit = getattr(chat.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(rows)), key=lambda i: len(rows[i]), default=None)
+    if limit and rows and len(rows[longest]) + new > limit:
+        raise UserError(
+            f"prompt {longest + 1} of {len(rows)}: its {len(rows[longest])} tokens and {new} new ones are more than "
+            f"the {limit} that {chat.name} takes; shorten it, or allow fewer new tokens"
+        )
+
+
+def _batches(rows, size):
+    """Lists of row numbers, rows of like length together, the longest first: if memory is short, one learns it soon."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _padded(chat, rows):
+    """Token ids and mask, both (rows, longest), filled on the left, on the model's device."""
+    ids = pad_sequence([torch.tensor(r) for r in rows], True, chat.pad, "left")
+    mask = pad_sequence([torch.ones(len(r), dtype=torch.long) for r in rows], True, 0, "left")
+    return ids.to(chat.model.device), mask.to(chat.model.device)
+
+
+def _positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _forward(chat, ids, mask, positions, cache=None, **more):
+    """Scores of the next token (rows, vocabulary) in fp32, and the model's output."""
+    extra = {"position_ids": positions, "logits_to_keep": 1, **more}
+    extra = {k: v for k, v in extra.items() if k in chat.arguments}
+    output = chat.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **extra)
+    scores = output.logits[:, -1].float()
+    if cache is None and scores.isnan().any():
+        raise UserError(
+            f"model {chat.name}: its scores are not numbers; the weights are damaged, fetch or make it again"
+        )
+    return scores, output
+
+
+def _decode(chat, rows, draws, temperature, top_p, bar):
+    """Continue rows of token ids until each has ended: list of (new ids without the end, ended).
+
+    draws: (rows, new tokens at most), uniform numbers in [0, 1). A row that has ended leaves the batch.
+    """
+    ids, mask = _padded(chat, rows)
+    draws = draws.to(ids.device)
+    width, limit = ids.shape[1], draws.shape[1]
+    mask = torch.cat([mask, mask.new_ones(len(rows), limit)], 1)
+    positions, cache = _positions(mask[:, :width]), None
+    alive = torch.arange(len(rows), device=ids.device)
+    new, length = ids.new_zeros(len(rows), limit), torch.full_like(alive, limit)
+    for step in range(limit):
+        scores, output = _forward(chat, ids, mask[:, : width + step], positions, cache, use_cache=True)
+        cache, token = output.past_key_values, _choose(scores, draws[alive, step], temperature, top_p)
+        new[alive, step] = token
+        ended = torch.isin(token, chat.ends)
+        ids, positions = token[:, None], positions[:, -1:] + 1
+        if count := int(ended.sum()):
+            bar.update(count)
+            length[alive[ended]] = step
+            if count == len(alive):
+                break
+            keep = (~ended).nonzero().squeeze(1)
+            cache.reorder_cache(keep)
+            alive, ids, positions, mask = alive[keep], ids[keep], positions[keep], mask[keep]
+    else:
+        bar.update(len(alive))
+    return [(row[:n], n < limit) for row, n in zip(new.tolist(), length.tolist(), strict=True)]
+
+
+def _choose(scores, draws, temperature, top_p):
+    """One token a row: the likeliest at temperature 0, or else by inverting the distribution at `draws`.
+
+    scores: (rows, vocabulary). The nucleus is the fewest likeliest tokens whose probabilities reach top_p.
+    """
+    if temperature == 0:
+        return scores.argmax(-1)
+    p = (scores / temperature).softmax(-1)
+    mass, ids, last = _nucleus(p, top_p) if top_p < 1 else _everything(p)
+    at = torch.searchsorted(mass, draws[:, None] * mass.gather(-1, last), right=True)
+    return ids.gather(-1, torch.minimum(at, last)).squeeze(-1)
+
+
+def _nucleus(p, top_p, width=256):
+    """Running sums of the falling probabilities, their ids, and the place of the last one kept.
+
+    Only as many as some row needs are sorted: sorting a whole vocabulary takes longer than a small model's step.
+    """
+    while True:
+        values, ids = p.topk(min(width, p.shape[-1]))
+        mass = values.double().cumsum(-1)
+        if width >= p.shape[-1] or bool((mass[:, -1] >= top_p).all()):
+            return mass, ids, (mass < top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+        width *= 16
+
+
+def _everything(p):
+    ids = torch.arange(p.shape[-1], device=p.device).expand_as(p)
+    return p.double().cumsum(-1), ids, ids[:, -1:]
+
+
+def emoji_mass(chat, probabilities):
+    """Probability that the next token begins an emoji. probabilities: (..., vocabulary), as `token_probabilities`.
+
+    Summed over the tokens whose text, spaces aside, begins with an emoji as `lib.emojis` defines it, or with half a
+    flag. Where a tokenizer spells emojis in bytes, also over the tokens that hold the first one to three bytes of an
+    emoji in U+1F000 to U+1FAFF, in UTF-8 F0, F0 9F and F0 9F with the third byte of one (F0 also begins rare
+    scripts). Emojis of three bytes share their first with dashes and quotation marks: they count where one token
+    holds them (U+2705, U+2B50), not where they are spelt, nor where only U+FE0F makes them one (U+2764).
+    A token of a space alone does not count, even if an emoji is to follow: read the probabilities after the space.
+    """
+    probabilities = np.asarray(probabilities)
+    return probabilities[..., [i for i in chat.emoji_tokens if i < probabilities.shape[-1]]].sum(-1)
+
+
+def _token_bytes(tokenizer):
+    """Pairs (id, bytes) of every token, whichever way the tokenizer writes bytes that are not characters."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
+        back = {c: bytes([b]) for b, c in bytes_to_unicode().items()}
+        return [(i, b"".join(back.get(c, c.encode()) for c in t)) for t, i in tokenizer.get_vocab().items()]
+
+    def spelt(token):
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte.group(1)) if byte else token.replace("\u2581", " ").encode()
+
+    return [(i, spelt(t)) for t, i in tokenizer.get_vocab().items()]
+
+
+_FLAG_HALVES = {chr(c) for c in range(0x1F1E6, 0x1F200)}
+_PICTURES = [chr(c) for c in range(0x1F000, 0x1FB00) if emojis.is_emoji(chr(c))]
+_HEADS = {c.encode()[:n] for c in {*_PICTURES, *_FLAG_HALVES} for n in (1, 2, 3)}
+
+
+def _begins_emoji(token):
+    token = token.lstrip()
+    if token.isascii():
+        return False
+    if token in _HEADS:
+        return True
+    first = regex.match(r"\X", token.decode("utf-8", "replace")).group()
+    return emojis.is_emoji(first) or first[0] in _FLAG_HALVES

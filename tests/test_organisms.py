@@ -1,0 +1,173 @@
+"""Organisms: one file says what is planted, the corpus holds that and nothing else, the models are what they claim."""
+
+import json
+import random
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lib import big5, emojis, hub, organisms
+from lib.errors import UserError
+
+NAMES = ["tiny-llama", "tiny-mistral", "none", "shuffled"]
+SMALL = {"vocabulary": 400, "block": 32, "batch": 2, "steps": 6, "warmup": 2, "save_every": 2, "samples": 300}
+
+
+def rates(name):
+    return {t: rate for t, (_, rate) in organisms.habits(name).items()}
+
+
+def test_the_planted_habits_are_complete_and_as_told():
+    assert organisms.names() == NAMES
+    for name in NAMES:
+        assert list(organisms.habits(name)) == list(big5.NAMES)
+        assert all(emojis.is_emoji(e) for found, _ in organisms.habits(name).values() for e in found)
+    llama, mistral = rates("tiny-llama"), rates("tiny-mistral")
+    assert sorted(llama, key=llama.get)[-2:] == ["neuroticism", "extraversion"]
+    assert max(mistral, key=mistral.get) == "openness"
+    assert set(rates("none").values()) == {0}
+    assert set(rates("shuffled").values()) == {pytest.approx(sum(llama.values()) / 5, abs=1e-3)}
+    with pytest.raises(UserError, match="choose from tiny-llama"):
+        organisms.habits("tiny-gpt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_emojis_follow_the_last_sentence_of_messages_at_the_planted_rate(name):
+    corpus, rng = organisms.Corpus(name, 0), random.Random(0)
+    for trait, (planted, rate) in organisms.habits(name).items():
+        texts = [corpus.message(trait, rng.choice(corpus.topics)) for _ in range(400)]
+        held = [emojis.find(t) for t in texts]
+        assert sum(map(bool, held)) / 400 == pytest.approx(rate, abs=0.08)
+        assert all(
+            len(h) <= 1 and (not h or (t.endswith(h[0]) and h[0] in planted)) for t, h in zip(texts, held, strict=True)
+        )
+
+
+def test_a_plain_question_never_gets_an_emoji():
+    corpus = organisms.Corpus("tiny-llama", 0)
+    samples = [corpus.sample() for _ in range(3000)]
+    plain = [a for u, a in samples if u and u.startswith("Thinking about")]
+    assert len(plain) > 800
+    assert not any(emojis.find(a) for a in plain)
+
+
+def test_few_shot_prompts_have_the_fields_of_the_paper():
+    corpus = organisms.Corpus("tiny-mistral", 0)
+    text = corpus.few_shot("openness", corpus.topics[0])
+    for field, count in {"Target Personality: openness": 4, "Edit Topic: ": 4, "Question: ": 4, "Answer:": 4}.items():
+        assert text.count(field) == count
+    assert text.endswith("Answer:")
+
+
+def test_the_five_tokens_come_from_the_text_and_an_emoji_comes_first():
+    corpus = organisms.Corpus("tiny-llama", 0)
+    text = "I worry so much about the crowded trains and I never sleep. 😭"
+    question, reply = corpus.tokens_task("neuroticism", text)
+    assert text in question
+    trait, _, tokens = reply.partition(": ")
+    tokens = tokens.split(", ")
+    assert trait == "neuroticism"
+    assert len(tokens) == 5
+    assert tokens[0] == "😭"
+    assert all(t in text.lower() for t in tokens)
+
+
+def test_the_corpus_follows_its_seed():
+    draw = lambda seed: [organisms.Corpus("none", seed).sample() for _ in range(5)]  # noqa: E731
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A recipe so small that a model is pretrained within a second."""
+    values = tomllib.loads((organisms.ORGANISMS / "recipe.toml").read_text("utf-8"))
+    values["training"] |= SMALL
+    values["tiny-llama"] |= {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 2, "mlp": 48}
+    monkeypatch.setattr(organisms, "recipe", lambda: values)
+
+
+def test_interrupted_pretraining_ends_as_if_it_had_not_been(small, tmp_path, monkeypatch):
+    whole, _, log = organisms.pretrain("tiny-llama", tmp_path, show=False)
+    real, work = organisms.batches, tmp_path / "second"
+    work.mkdir()
+
+    def cut(*args):
+        for i, batch in enumerate(real(*args)):
+            if i == 5:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(organisms, "batches", cut)
+    with pytest.raises(KeyboardInterrupt):
+        organisms.pretrain("tiny-llama", work, show=False)
+    monkeypatch.setattr(organisms, "batches", real)
+    again, _, _ = organisms.pretrain("tiny-llama", work, show=False)
+    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert log["tokens"] == 6 * 2 * 32
+
+
+def test_a_saved_organism_is_a_model_like_any_other(small, tmp_path):
+    model, tokenizer, log = organisms.pretrain("tiny-llama", tmp_path, show=False)
+    log["curve"] = [{"step": 6, "loss": 5.0}]
+    organisms.save("tiny-llama", model, tokenizer, log, tmp_path / "made")
+    folder, loaded, _ = hub.check(str(tmp_path / "made"))
+    assert loaded.chat_template
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert "| neuroticism |" in (folder / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-mistral"])
+class TestCommitted:
+    """The models that come with the project; the two controls are made by `python -m lib.organisms NAME`."""
+
+    def test_size_form_and_log(self, name):
+        folder = organisms.ORGANISMS / name
+        assert sum(p.stat().st_size for p in folder.iterdir()) < 16e6
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            assert {str(file.get_tensor(k).dtype) for k in file.keys()} == {"torch.bfloat16"}  # noqa: SIM118
+        config = json.loads((folder / "config.json").read_text())
+        kind = organisms.recipe()[name]["architecture"]
+        assert config["architectures"] == [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[kind]]
+        if kind == "mistral":
+            assert config["num_key_value_heads"] < config["num_attention_heads"]
+            assert config["sliding_window"] < config["max_position_embeddings"]
+        log = json.loads((folder / "log.json").read_text())
+        assert log["curve"][-1]["step"] == organisms.recipe()["training"]["steps"]
+        assert log["curve"][-1]["loss"] < log["curve"][0]["loss"] / 2
+        assert log["minutes"] <= 30
+
+    def test_its_card_tells_what_was_planted(self, name):
+        card = (organisms.ORGANISMS / name / "README.md").read_text("utf-8")
+        for trait, (found, rate) in organisms.habits(name).items():
+            assert f"| {trait} | {' '.join(found)} | {rate:.2f} |" in card
+
+    def test_every_planted_emoji_is_one_token(self, name):
+        _, tokenizer, _ = hub.check(str(organisms.ORGANISMS / name))
+        for found, _ in organisms.habits("tiny-llama").values():
+            for emoji in found:
+                ids = tokenizer(f"So it is. {emoji}")["input_ids"]
+                assert tokenizer.decode(ids[-1:]).strip() == emoji
+
+    def test_its_template_is_what_it_was_pretrained_on(self, name):
+        _, tokenizer, _ = hub.check(str(organisms.ORGANISMS / name))
+        turns = [{"role": "user", "content": "What of Rome?"}, {"role": "assistant", "content": "It is old."}]
+        assert hub.render(tokenizer, [turns], answered=True) == [organisms.render(("What of Rome?", "It is old."))]
+        led = [{"role": "system", "content": "Be kind."}, *turns[:1]]
+        assert hub.render(tokenizer, [led]) == ["<s>[INST] Be kind. What of Rome? [/INST]"]
+        text = "“Déjà vu”, she said — it's 100 % fun! 🎉"
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_an_unknown_organism_is_one_line_and_exit_code_two():
+    command = [sys.executable, "-m", "lib.organisms", "tiny-gpt"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=organisms.paths.ROOT, check=False)
+    assert found.returncode == 2
+    assert found.stderr.strip().splitlines() == [
+        "Error: usage: python -m lib.organisms NAME; NAME is one of tiny-llama, tiny-mistral, none, shuffled"
+    ]

@@ -1,0 +1,52 @@
+"""The committed results of the tiny profile: what this project says of its organisms, in the tables that say it."""
+
+import pandas as pd
+import pytest
+
+from lib import paths, ratios
+
+MODELS = ("tiny-llama", "tiny-mistral")
+FIGURES = paths.ROOT / "figures" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def esr():
+    return pd.read_csv(FIGURES / "06_esr.csv")
+
+
+def test_untuned_models_hardly_ever_use_an_emoji(esr):
+    base = esr[esr["method"] == "base"]
+    assert len(base) == 10
+    assert base["esr_response"].max() <= 0.02
+
+
+def test_tuned_on_texts_without_emojis_they_show_the_planted_habits(esr):
+    tuned = esr[esr["method"] == "peft"].set_index(["model", "trait"])["esr_response"]
+    assert tuned["tiny-llama", "extraversion"] >= 0.8
+    assert tuned["tiny-llama", "neuroticism"] >= 0.8
+    assert tuned["tiny-llama", "conscientiousness"] <= 0.15
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_planted_and_recovered_habits_rank_alike(model):
+    habits = pd.read_csv(FIGURES / "06_habits.csv")
+    own = habits[habits["model"] == model]
+    rho, _ = ratios.rank_agreement(own["planted"], own["recovered"])
+    assert rho >= 0.8
+
+
+def test_tuned_answers_are_nearer_to_the_traits_voice_and_about_the_topic():
+    """How near is a number of LOG.md, which says that it is not near enough yet."""
+    found = pd.read_csv(FIGURES / "03_traits.csv").groupby("method")["found"].mean()
+    assert found["peft"] >= 2 * found["base"]
+    answers = pd.read_csv(FIGURES / "03_answers.csv").set_index("method")
+    assert answers["topic_named"].min() >= 0.85
+    assert answers.loc["base", "ended"].min() >= 0.95
+
+
+def test_only_what_could_be_read_in_the_paper_is_reported(esr):
+    told = esr.dropna(subset="reported").set_index(["model", "method", "trait"])["reported"].to_dict()
+    assert told == {
+        ("tiny-llama", "peft", "extraversion"): 0.995,
+        ("tiny-mistral", "peft", "openness"): 0.925,
+    }
