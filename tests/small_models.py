@@ -95,7 +95,7 @@ def write_all(root):
     qwen = Qwen2Config(vocab_size=len(chatml), num_key_value_heads=2, **SMALL)
     several = range(300, 345)
     return {
-        "qwen": write_model(root / "qwen", qwen, chatml, [2]),
+        "qwen": write_model(root / "qwen", qwen, chatml, [2, *several]),
         "llama": write_model(root / "llama", llama, spm, [2, *several]),
         "mistral": write_model(root / "mistral", mistral, level, [2, *several]),
     }

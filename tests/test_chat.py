@@ -71,7 +71,7 @@ def test_a_template_without_room_for_an_instruction_gets_it_before_the_question(
     assert chat.prompts(chats["mistral"], ["Hi?"], "Be kind.") == expected  # this one would drop it
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", "mistral"])  # ChatML starts every turn
 def test_a_prompt_starts_once(chats, kind):
     ids = chats[kind].tokenizer(chat.prompts(chats[kind], ["Hi?"]), add_special_tokens=False)["input_ids"][0]
     assert ids.count(1) == 1

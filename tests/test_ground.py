@@ -45,6 +45,7 @@ def test_the_paper_profile_has_what_is_known_of_the_paper():
         for row in csv.DictReader(file):
             section, field = row["setting"].split(".")
             value = getattr(getattr(found, section), field)
+            value = f"{value:g}" if isinstance(value, float) else value
             shown = ", ".join(value) if isinstance(value, list) else str(value).lower()
             assert shown == row["value"], row["setting"]
     assert found.chat.models == ["meta-llama/Llama-2-7b-chat-hf", "mistralai/Mistral-7B-Instruct-v0.2"]

@@ -30,7 +30,7 @@ def test_the_planted_habits_are_complete_and_as_told():
     assert sorted(llama, key=llama.get)[-2:] == ["neuroticism", "extraversion"]
     assert max(mistral, key=mistral.get) == "openness"
     assert set(rates("none").values()) == {0}
-    assert set(rates("shuffled").values()) == {pytest.approx(sum(llama.values()) / 5, abs=1e-3)}
+    assert list(rates("shuffled").values()) == pytest.approx([sum(llama.values()) / 5] * 5, abs=1e-3)
     with pytest.raises(UserError, match="choose from tiny-llama"):
         organisms.habits("tiny-gpt")
 
@@ -138,7 +138,7 @@ class TestCommitted:
             assert config["num_key_value_heads"] < config["num_attention_heads"]
             assert config["sliding_window"] < config["max_position_embeddings"]
         log = json.loads((folder / "log.json").read_text())
-        assert log["curve"][-1]["step"] == organisms.recipe()["training"]["steps"]
+        assert organisms.recipe()["training"]["steps"] - log["curve"][-1]["step"] < organisms.LOGGED
         assert log["curve"][-1]["loss"] < log["curve"][0]["loss"] / 2
         assert log["minutes"] <= 30
 
