@@ -137,12 +137,11 @@ def test_the_summary_counts_and_points_to_the_gallery(smoke):
     assert "figures/smoke/index.html" in out
 
 
-def test_a_second_run_reuses_everything_and_starts_fast(smoke):
-    began = time.monotonic()
-    code, out, _ = run(smoke[0], "--profile", "smoke")
-    assert code == 0
-    assert out.count("reused") >= 2
-    assert time.monotonic() - began < 15  # stated for the tests only; benchmarks/ measures it
+def test_a_second_run_reuses_everything(smoke):
+    code, out, err = run(smoke[0], "--profile", "smoke")
+    assert code == 0, err
+    for name in ("01_dataset", "02_classifier", "03_qlora", "06_emoji"):
+        assert f"{name:<16} up to date, reused" in out
 
 
 def test_a_changed_setting_redoes_exactly_what_depends_on_it(smoke):
