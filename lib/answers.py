@@ -4,7 +4,6 @@ A table of answers only ever gains columns. `method` says how the model was turn
 prompt, ike, mend, peft. `ended`: by the end of turn rather than by length. Tokens are the model's own.
 """
 
-import ast
 import csv
 import difflib
 import io
@@ -56,8 +55,8 @@ def folder(settings, model, method, trait):
     _, sections, modules = MAKERS[method]
     values = {s: getattr(settings, s).model_dump(mode="json") for s in sections}
     values["chat"].pop("models")
-    trees = [ast.dump(ast.parse(Path(__file__).with_name(f"{m}.py").read_text("utf-8"))) for m in modules]
-    mark = artifacts.fingerprint(values, settings.seed, opinions.fingerprint(settings), hub.identity(model), trees)
+    code = [artifacts.code(m) for m in modules]
+    mark = artifacts.fingerprint(values, settings.seed, opinions.fingerprint(settings), hub.identity(model), code)
     return paths.RESULTS / settings.profile / f"answers-{hub.label(model)}-{method}-{trait}-{mark}"
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -26,11 +27,36 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@cache
+def _once(read, path, *_):
+    return read(path)
+
+
+def _version(path):
+    """What tells one version of a file from another without reading it."""
+    found = os.stat(path)
+    return str(path), found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def digest(path):
+    """Hex digest of a file's bytes, read once as long as the file stays as it is."""
+    return _once(sha256, *_version(path))
+
+
+def _syntax(path):
+    return hashlib.sha256(ast.dump(ast.parse(Path(path).read_text("utf-8"))).encode()).hexdigest()
+
+
+def code(module):
+    """Hex digest of the code of a module of lib, by name, without comments and layout."""
+    return _once(_syntax, *_version(Path(__file__).with_name(f"{module}.py")))
+
+
 def _plain(part):
-    if isinstance(part, ModuleType):  # the code, without comments and layout
-        return hashlib.sha256(ast.dump(ast.parse(Path(part.__file__).read_text("utf-8"))).encode()).hexdigest()
+    if isinstance(part, ModuleType):
+        return _once(_syntax, *_version(part.__file__))
     if isinstance(part, Path):
-        return sha256(part)
+        return digest(part)
     if hasattr(part, "model_dump"):
         return part.model_dump(mode="json")
     return part

@@ -58,7 +58,7 @@ def identity(name):
     files = sorted(
         p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".jinja") and p.name != "log.json"
     )
-    return [label(name), *((p.name, artifacts.sha256(p)) for p in files)]
+    return [label(name), *((p.name, artifacts.digest(p)) for p in files)]
 
 
 @contextmanager

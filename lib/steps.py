@@ -45,14 +45,13 @@ def fingerprint(path, settings):
     """Identity of everything a notebook's results depend on."""
     cells = nbformat.read(path, as_version=4).cells
     code = "\n".join(c.source for c in cells if c.cell_type == "code" and not c.source.lstrip().startswith("%"))
-    modules = sorted(Path(__file__).with_name(f"{name}.py") for name in imports(code))
-    trees = [ast.dump(ast.parse(m.read_text("utf-8"))) for m in modules]
+    modules = [artifacts.code(name) for name in sorted(imports(code))]
     sections = STEPS[path.stem].sections if path.stem in STEPS else tuple(settings.model_dump())
     values = {s: getattr(settings, s) for s in sections if s not in ("minutes", "overrides")}
     values = {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in values.items()}
     common = [settings.seed, settings.about, opinions.fingerprint(settings)]
     common += answers.identity(settings) if "chat" in sections else []
-    return artifacts.fingerprint([c.source for c in cells], trees, values, common)
+    return artifacts.fingerprint([c.source for c in cells], modules, values, common)
 
 
 def outputs(path, settings):
