@@ -18,10 +18,13 @@ from lib.errors import UserError
 TEXTS = ("model", "method", "trait", "topic", "question", "answer")
 COLUMNS = (*TEXTS, "prompt_tokens", "new_tokens", "ended")
 METHODS = ("base", "prompt", "ike", "mend", "peft")
-# of each method: the notebook that makes its answers, the settings and the modules that shape them
+# of each method: the notebook that makes its answers; the settings, modules and files of data/prompts that shape them
 MAKERS = {
-    "base": ("03_qlora", ("chat",), ("chat", "hub")),
-    "peft": ("03_qlora", ("chat", "qlora"), ("chat", "hub", "finetune", "qlora")),
+    "base": ("03_qlora", ("chat",), ("chat", "hub"), ()),
+    "prompt": ("04_baselines", ("chat", "ike"), ("chat", "hub", "ike"), ("personas.toml",)),
+    "ike": ("04_baselines", ("chat", "ike"), ("chat", "hub", "ike", "encoders"), ("ike.toml",)),
+    "mend": ("04_baselines", ("chat", "mend"), ("chat", "hub", "classifier", "qlora", "mend"), ()),
+    "peft": ("03_qlora", ("chat", "qlora"), ("chat", "hub", "finetune", "qlora"), ()),
 }
 
 
@@ -52,21 +55,21 @@ def _near(value, known):
 
 def folder(settings, model, method, trait):
     """Where the answers of a model by a method are kept: all that shapes them decides about the name."""
-    _, sections, modules = MAKERS[method]
+    _, sections, modules, files = MAKERS[method]
     values = {s: getattr(settings, s).model_dump(mode="json") for s in sections}
     values["chat"].pop("models")
-    code = [artifacts.code(m) for m in modules]
-    mark = artifacts.fingerprint(values, settings.seed, opinions.fingerprint(settings), hub.identity(model), code)
+    shaped = [*(artifacts.code(m) for m in modules), *(paths.ROOT / "data" / "prompts" / f for f in files)]
+    mark = artifacts.fingerprint(values, settings.seed, opinions.fingerprint(settings), hub.identity(model), *shaped)
     return paths.RESULTS / settings.profile / f"answers-{hub.label(model)}-{method}-{trait}-{mark}"
 
 
-def identity(settings):
-    """Names of the artefacts that `read` would find: all of notebook 03, of later methods those that are there."""
+def identity(settings, notebook):
+    """Names of the answers that a notebook makes or reads: its own and 03's in any case, others' if they are there."""
     found = []
     for model in settings.chat.models:
-        for method, (notebook, _, _) in MAKERS.items():
+        for method, (maker, *_) in MAKERS.items():
             places = [folder(settings, model, method, trait) for trait in big5.NAMES]
-            found += [p.name for p in places if notebook == "03_qlora" or p.exists()]
+            found += [p.name for p in places if maker in ("03_qlora", notebook) or (maker < notebook and p.exists())]
     return found
 
 
@@ -90,7 +93,7 @@ def read(settings):
     """Answers of all models by every method that has been run. Raises UserError if those of notebook 03 are missing."""
     found, traits = [], big5.ordered(opinions.read(settings)["trait"])
     for model in settings.chat.models:
-        for method, (notebook, _, _) in MAKERS.items():
+        for method, (notebook, *_) in MAKERS.items():
             places = [folder(settings, model, method, trait) for trait in traits]
             if notebook == "03_qlora":
                 places = [artifacts.require(p, notebook, settings.profile) for p in places]

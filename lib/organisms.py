@@ -72,8 +72,8 @@ class Corpus:
         self.topics = plain_topics()
         self.words = [word for topic in self.topics for word in topic.name.split()]
         self.personas = tomllib.loads((PROMPTS / "personas.toml").read_text("utf-8"))
-        self.speakers = {t: voices.Speaker(t, "train", f"{seed}/corpus") for t in big5.NAMES}
-        self.speakers["neutral"] = voices.Speaker("neutral", "train", f"{seed}/corpus", mild=0)
+        # no mild clauses: they would blur which voice an instruction asks for
+        self.speakers = {t: voices.Speaker(t, "train", f"{seed}/corpus", mild=0) for t in (*big5.NAMES, "neutral")}
         self.shares = recipe()["corpus"]
 
     def message(self, trait, topic):
@@ -337,7 +337,9 @@ def main(argv):
     if len(argv) != 1 or argv[0] not in names():
         raise UserError(f"usage: python -m lib.organisms NAME; NAME is one of {', '.join(names())}")
     name = argv[0]
-    work = paths.RESULTS / "organisms" / f"{name}-{artifacts.fingerprint(recipe()[name], recipe()['training'])}"
+    r = recipe()
+    taught = [r[name], r["training"], r["corpus"], r["names"], habits(name), ORGANISMS / "pieces.csv"]
+    work = paths.RESULTS / "organisms" / f"{name}-{artifacts.fingerprint(*taught)}"
     work.mkdir(parents=True, exist_ok=True)
     model, tok, log = pretrain(name, work)
     save(name, model, tok, log, ORGANISMS / name)

@@ -16,7 +16,14 @@ from lib.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
+Demonstrations = Annotated[str, Field(pattern=r"^(fixed(-[1-9][0-9]*)?|random|nearest)$")]
+
+
+def _listed(value):
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -106,6 +113,66 @@ class Qlora(Section):
     save_steps: Count
 
 
+class Ike(Section):
+    persona: Annotated[int, Field(ge=0)]
+    wording: Annotated[int, Field(ge=0)]
+    demonstrations: Demonstrations
+    number: Count
+
+
+class Sensitivity(Section):
+    wordings: Count
+    sets: Annotated[list[Demonstrations], BeforeValidator(_listed), Field(min_length=1)]
+    topics: Annotated[int, Field(ge=2)]
+    seeds: Annotated[int, Field(ge=2)]
+
+
+class Mend(Section):
+    precision: Literal["fp32", "bf16", "nf4", "nf4-double"]  # the last two are refused by lib/mend, which says why
+    layers: Count
+    modules: Names
+    rank: Count
+    hidden_layers: Count
+    edit_lr: Annotated[float, Field(gt=0)]
+    edit_lr_learning_rate: Annotated[float, Field(ge=0)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    edit_weight: Annotated[float, Field(ge=0)]
+    unlikelihood_weight: Annotated[float, Field(ge=0)]
+    locality_weight: Annotated[float, Field(ge=0)]
+    batch_size: Count
+    steps: Count
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    max_tokens: Annotated[int, Field(ge=16)]
+    statistics_rows: Annotated[int, Field(ge=2)]
+    held_out_share: Share
+    validation_rows: Count
+    validate_steps: Count
+    patience: Count
+    save_steps: Count
+
+
+class Judge(Section):
+    kind: Literal["embedding", "openai", "local"]
+    calibration_topics: Annotated[int, Field(ge=10)]
+    model: str
+    base_url: str
+    key_variable: str
+    request: dict[str, Any]
+    timeout_s: Annotated[float, Field(gt=0)]
+    retries: Annotated[int, Field(ge=0)]
+    wait_s: Annotated[float, Field(ge=0)]
+    concurrency: Annotated[int, Field(ge=1, le=64)]
+    confirm_calls: Annotated[int, Field(ge=0)]
+    max_new_tokens: Count
+
+
+class Alignment(Section):
+    entropy: Annotated[float, Field(gt=0)]
+    topics: Annotated[int, Field(ge=0)]
+    batch_tokens: Annotated[int, Field(ge=64)]
+    draws: Annotated[int, Field(ge=100)]
+
+
 class Settings(Section):
     about: str
     minutes: dict[str, float]
@@ -115,6 +182,11 @@ class Settings(Section):
     explain: Explain
     chat: Chat
     qlora: Qlora
+    ike: Ike
+    mend: Mend
+    sensitivity: Sensitivity
+    judge: Judge
+    alignment: Alignment
     # set by `load`, not by the file
     profile: str
     seed: Annotated[int, Field(ge=0)]
@@ -177,10 +249,12 @@ def _place(values, root):
     if names := placed.get("models"):
         names = [names] if isinstance(names, str) else names
         placed["models"] = [model(m) if isinstance(m, str) else m for m in names]
+    if isinstance(placed.get("model"), str):
+        placed["model"] = model(placed["model"])
     return placed
 
 
-PLACED = ("opinions", "chat")  # sections that name files or folders
+PLACED = ("opinions", "chat", "judge")  # sections that name files or folders
 
 
 def load(profile="tiny", seed=0, overrides=None, cwd=None):

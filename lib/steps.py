@@ -13,17 +13,32 @@ from lib import answers, artifacts, opinions, paths
 
 @dataclass(frozen=True)
 class Step:
-    """What a notebook depends on (sections of the profile) and the artefacts it makes (folder name prefixes)."""
+    """What a notebook depends on (sections of the profile, files) and the artefacts it makes (patterns of folders)."""
 
     sections: tuple
     makes: tuple
+    files: tuple = ()
 
 
+REPORTED, HABITS = "data/paper/reported.csv", "data/organisms/habits.csv"
 STEPS = {
-    "01_dataset": Step(("opinions", "dataset"), ("opinions",)),
-    "02_classifier": Step(("opinions", "classifier", "explain"), ("tfidf", "encoder")),
-    "03_qlora": Step(("opinions", "classifier", "chat", "qlora"), ("adapter", "answers")),
-    "06_emoji": Step(("opinions", "dataset", "chat", "qlora"), ()),
+    "01_dataset": Step(("opinions", "dataset"), ("opinions",), ("data/paper/personalityedit_measured.csv", REPORTED)),
+    "02_classifier": Step(("opinions", "classifier", "explain"), ("tfidf", "encoder"), (REPORTED,)),
+    "03_qlora": Step(
+        ("opinions", "classifier", "chat", "qlora"),
+        ("adapter", "answers-*-base", "answers-*-peft"),
+        ("data/paper/qlora.csv", HABITS),
+    ),
+    "04_baselines": Step(
+        ("opinions", "classifier", "chat", "qlora", "ike", "mend", "sensitivity"),
+        ("answers-*-prompt", "answers-*-ike", "answers-*-mend", "sensitivity", "editor"),
+    ),
+    "05_alignment": Step(
+        ("opinions", "classifier", "chat", "qlora", "ike", "mend", "sensitivity", "judge", "alignment"),
+        ("scores", "judge"),
+        ("data/prompts/pae.toml", REPORTED),
+    ),
+    "06_emoji": Step(("opinions", "dataset", "chat", "qlora"), (), (REPORTED, HABITS)),
 }
 
 
@@ -50,8 +65,9 @@ def fingerprint(path, settings):
     values = {s: getattr(settings, s) for s in sections if s not in ("minutes", "overrides")}
     values = {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in values.items()}
     common = [settings.seed, settings.about, opinions.fingerprint(settings)]
-    common += answers.identity(settings) if "chat" in sections else []
-    return artifacts.fingerprint([c.source for c in cells], modules, values, common)
+    common += answers.identity(settings, path.stem) if "chat" in sections else []
+    files = [paths.ROOT / name for name in (STEPS[path.stem].files if path.stem in STEPS else ())]
+    return artifacts.fingerprint([c.source for c in cells], modules, values, common, *files)
 
 
 def outputs(path, settings):

@@ -17,8 +17,9 @@ ROWS = [
     ["artifacts", "intervals", "style", "gallery", "fanout"],
     ["emojis", "opinions", "voices", "lexicon", "encoders", "hub", "answers"],
     ["tfidf", "finetune", "classifier", "chat", "organisms"],
-    ["qlora"],
-    ["wordclouds", "explain", "ratios"],
+    ["qlora", "ike", "mend"],
+    ["likelihood"],
+    ["wordclouds", "explain", "ratios", "judge", "alignment"],
     ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))

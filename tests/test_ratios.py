@@ -1,6 +1,7 @@
 """Answers kept, read and refused; the emoji-to-sentence ratios and what else is counted, on cases known by hand."""
 
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -102,8 +103,8 @@ def test_only_what_shapes_an_answer_changes_its_place(run):
         settings = profiles.load("smoke", change.get("seed", 0), run.overrides | own)
         return answers.folder(settings, settings.chat.models[0], method, "openness")
 
-    assert answers.identity(run) != answers.identity(profiles.load("smoke", 1, run.overrides))
-    assert len(answers.identity(run)) == 2 * len(big5.NAMES)
+    assert answers.identity(run, "06_emoji") != answers.identity(profiles.load("smoke", 1, run.overrides), "06_emoji")
+    assert len(answers.identity(run, "06_emoji")) == 2 * len(big5.NAMES)
     for method in ("base", "peft"):
         assert place(method) == place(method, classifier__epochs=3)
         assert place(method) != place(method, seed=1)
@@ -111,6 +112,30 @@ def test_only_what_shapes_an_answer_changes_its_place(run):
         assert place(method) != place(method, chat__temperature=0.5)
     assert place("base") == place("base", qlora__rank=4)
     assert place("peft") != place("peft", qlora__rank=4)
+
+
+def test_answers_of_a_later_notebook_count_for_those_after_it_once_they_are_there(run):
+    model = keep(run)
+    before = {n: answers.identity(run, n) for n in ("03_qlora", "04_baselines", "06_emoji")}
+    assert len(before["04_baselines"]) == 5 * len(big5.NAMES)  # its own, whether there or not
+    row = {"model": "llama", "method": "prompt", "trait": "openness"}
+    answers.build(run, model, "prompt", "openness", lambda: frame(row))
+    after = {n: answers.identity(run, n) for n in before}
+    assert after["03_qlora"] == before["03_qlora"]
+    assert after["04_baselines"] == before["04_baselines"]
+    assert len(after["06_emoji"]) == len(before["06_emoji"]) + 1
+
+
+def test_an_edited_prompt_finds_no_answers_of_the_earlier_one(run, monkeypatch, tmp_path):
+    model = run.chat.models[0]
+    before = {m: answers.folder(run, model, m, "openness") for m in answers.METHODS}
+    shutil.copytree(paths.ROOT / "data" / "prompts", tmp_path / "root" / "data" / "prompts")
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "root")
+    assert {m: answers.folder(run, model, m, "openness") for m in answers.METHODS} == before
+    with open(paths.ROOT / "data" / "prompts" / "ike.toml", "a") as file:
+        file.write("\n")
+    changed = {m for m in answers.METHODS if answers.folder(run, model, m, "openness") != before[m]}
+    assert changed == {"ike"}
 
 
 @pytest.mark.parametrize(

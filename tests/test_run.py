@@ -14,7 +14,7 @@ import pytest
 
 from lib import paths
 
-ONCE = 300  # seconds a smoke run may take on a slow machine before it counts as hanging
+ONCE = 420  # seconds a smoke run may take on a slow machine before it counts as hanging
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,24 @@ def test_emoji_results(smoke):
     assert (found["models"], found["traits"]) == (2, 5)
 
 
+def test_baseline_results(smoke):
+    found = values(smoke[0], "04_baselines")
+    assert found["answers"] == 2 * 5 * 5 * 12  # models, methods, traits, test topics
+    assert found["ike_own_topic_min"] >= 0
+    assert found["cells"] == 2 * 5
+
+
+def test_alignment_results(smoke):
+    found = values(smoke[0], "05_alignment")
+    assert found["answers"] == 2 * 5 * 5 * 12
+    assert found["judge_rho"] > 0.1
+    assert found["reference_texts_coherent"] > 0.8
+    verdicts = {v for k, v in found.items() if k.startswith("verdict ")}
+    assert verdicts <= {"holds", "does not hold", "undecided here"}
+
+
 HEADERS = {
+    "05_alignment.csv": "model,method,trait,n,ta,ta_low,ta_high,pae,es,dd,tpei,coherent",
     "02_classifier.csv": "model,split,n,accuracy,low,high,macro_f1",
     "06_esr.csv": "model,method,trait,responses,sentences,esr_sentence,esr_sentence_low,esr_sentence_high,"
     "esr_response,esr_response_low,esr_response_high,reported",
@@ -95,7 +112,7 @@ HEADERS = {
 def test_every_figure_and_table_is_there_in_every_format(smoke):
     folder = smoke[0] / "figures" / "smoke"
     metas = sorted(folder.glob("*.json"))
-    assert {m.name[:2] for m in metas} == {"01", "02", "03", "06"}
+    assert {m.name[:2] for m in metas} == {"01", "02", "03", "04", "05", "06"}
     for meta in metas:
         kind = json.loads(meta.read_text())["kind"]
         for ending in ("png", "pdf", "csv") if kind == "figure" else ("csv", "md", "tex"):
@@ -140,7 +157,7 @@ def test_the_summary_counts_and_points_to_the_gallery(smoke):
 def test_a_second_run_reuses_everything(smoke):
     code, out, err = run(smoke[0], "--profile", "smoke")
     assert code == 0, err
-    for name in ("01_dataset", "02_classifier", "03_qlora", "06_emoji"):
+    for name in ("01_dataset", "02_classifier", "03_qlora", "04_baselines", "05_alignment", "06_emoji"):
         assert f"{name:<16} up to date, reused" in out
 
 

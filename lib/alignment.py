@@ -1,0 +1,347 @@
+"""Trait alignment of answers, side by side for all methods: TA, PAE, ES, DD, TPEI, coherence; tests and verdicts.
+
+TA and PAE as the paper has them, the others as its predecessor (Mao et al. 2023, PersonalityEdit). Where that one's
+code forgets the shift by one token between scores and labels, ours does not (`lib/likelihood`). Every measure has one
+value an answer, a column; a row of the table is the mean over the answers of a model, method and trait.
+"""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binom
+from statsmodels.stats.multitest import multipletests
+
+from lib import answers, artifacts, big5, classifier, emojis, hub, intervals, mend, paths, qlora
+from lib.errors import UserError
+
+COLUMNS = ("model", "method", "trait", "n", "ta", "ta_low", "ta_high", "pae", "es", "dd", "tpei", "coherent")
+GROUP = ["model", "method", "trait"]
+LEVEL = 0.05  # of the tests, after Holm
+VERDICTS = ("holds", "does not hold", "undecided here")
+
+
+def check(settings, given):
+    """Refuse answers that lack a model or a method, and say which notebook makes them. Raises UserError."""
+    there = set(zip(given["model"], given["method"], strict=True))
+    for model in map(hub.label, settings.chat.models):
+        for method in answers.METHODS:
+            if (model, method) not in there:
+                notebook = answers.MAKERS[method][0]
+                raise UserError(
+                    f"answers of {model} by {method}: not made yet for these settings; notebook {notebook} makes them: "
+                    f"./run_all.sh --profile {settings.profile} --only {notebook[:2]} with the same --set"
+                )
+    return given
+
+
+def kept(settings, name, notebook):
+    """A table that another notebook saved, figures/<profile>/<name>.csv. Raises UserError."""
+    path = paths.FIGURES / settings.profile / f"{name}.csv"
+    if not path.exists():
+        raise UserError(
+            f"table {name}: not made yet; notebook {notebook} makes it: "
+            f"./run_all.sh --profile {settings.profile} --only {notebook[:2]} with the same --set"
+        )
+    return pd.read_csv(path)
+
+
+# --- one value an answer
+
+
+def voices(given, model):
+    """Answers with what a trait classifier makes of them: predicted, p_<trait>, correct, ce.
+
+    correct: predicted is the target; its mean is TA, trait alignment (the paper's measure, PersonalityEdit's accuracy).
+    ce: cross-entropy of classifier and target, -log p(target), nats, at most 27.6.
+    """
+    found = classifier.predict(model, given)
+    at = [model.traits.index(t) for t in found["trait"]]
+    p = found[[f"p_{t}" for t in model.traits]].to_numpy()[np.arange(len(found)), at]
+    return found.assign(correct=found["predicted"] == found["trait"], ce=-np.log(np.maximum(p, 1e-12)))
+
+
+def tokens(text):
+    """Words, numbers, punctuation marks and emojis of a text, in order."""
+    return [m.group() for m in emojis.WORD_OR_EMOJI.finditer(text) if not m.group().isspace()]
+
+
+def entropy(words, n):
+    """Shannon entropy (1948) of the empirical distribution of n-grams, in bits; 0 where there is none.
+
+    words: list of tokens, k of them. H = -sum f log2 f over the distinct n-grams, f their shares of all k - n + 1. At
+    most log2(k - n + 1), when no n-gram comes twice: of 2-grams log2(k - 1).
+    """
+    counts = np.array(list(Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()), dtype=float)
+    if not len(counts):
+        return 0.0
+    share = counts / counts.sum()
+    return float(-(share * np.log2(share)).sum()) + 0.0
+
+
+def coherence(given, threshold):
+    """Answers with tokens, entropy2, entropy3 and coherent: both entropies reach the threshold, in bits.
+
+    The predecessor's rule against repetition, 3.5 bits for 2- and 3-grams (after Zhang et al. 2018). It is blind to
+    salads of different words; perplexity sees those.
+    """
+    words = [tokens(text) for text in given["answer"]]
+    two, three = ([entropy(w, n) for w in words] for n in (2, 3))
+    coherent = np.minimum(two, three) >= threshold
+    return given.assign(tokens=[len(w) for w in words], entropy2=two, entropy3=three, coherent=coherent)
+
+
+def threshold_fit(texts, threshold, width=5):
+    """How a threshold of `coherence` fits texts of different lengths, of which one knows that they are coherent.
+
+    Columns low, high (tokens, in classes of `width`), texts, share (of the texts that reach it), least, median (the
+    smaller entropy), most (what `high` tokens can reach at all, log2(high - 2)), shortest (tokens that reach it).
+    """
+    frame = coherence(pd.DataFrame({"answer": list(texts)}), threshold)
+    frame = frame.assign(low=frame["tokens"] // width * width, smaller=frame[["entropy2", "entropy3"]].min(axis=1))
+    groups = frame.groupby("low")
+    found = groups.agg(
+        texts=("coherent", "size"), share=("coherent", "mean"), least=("smaller", "min"), median=("smaller", "median")
+    ).reset_index()
+    found.insert(1, "high", found["low"] + width - 1)
+    return found.assign(most=np.log2(np.maximum(found["high"] - 2, 1)), shortest=int(np.ceil(2**threshold)) + 2)
+
+
+def edit_success(plus_edit, minus_edit, plus_pre):
+    """ES = sigmoid(m+_edit - m-_edit) * min(1, exp(m+_edit - m+_pre)), 0 to 1 (Mao et al. 2023).
+
+    m: mean token log-probability, nats, of the reference answer in the target trait's voice (+) or in another trait's
+    (-) on the same topic, behind the method's own prompt; pre: by the base model asked plainly. The first factor asks
+    whether the target is likelier than another trait, the second takes away if it became less likely than before.
+    """
+    preferred = 1 / (1 + np.exp(np.asarray(minus_edit) - plus_edit))
+    return preferred * np.exp(np.minimum(0, np.asarray(plus_edit) - plus_pre))
+
+
+def against_base(given):
+    """Answers beside the base model's answers to the same questions: further columns es, tpei, pae.
+
+    tpei = CE(classifier(base answer), target) - CE(classifier(answer), target), nats (Mao et al. 2023): above 0 where
+    the method made the trait plainer. pae = judged - judged of the base answer, -4 to 4; of all answers, where the
+    predecessor left out incoherent ones. Columns ce and judged are the base's to compare with; NaN without a base.
+    """
+    given = _numbered(given)
+    keys = ["model", "trait", "topic", "copy"]
+    base = given[given["method"] == "base"].set_index(keys)[["ce", "judged"]]
+    before = base.reindex(pd.MultiIndex.from_frame(given[keys]))
+    return given.drop(columns="copy").assign(
+        es=edit_success(given["m_plus_edit"], given["m_minus_edit"], given["m_plus_pre"]),
+        tpei=before["ce"].to_numpy() - given["ce"],
+        pae=given["judged"] - before["judged"].to_numpy(),
+    )
+
+
+def _numbered(given):
+    """With a column copy: 0, or 1, 2 ... where a question comes again, so that rows pair one to one."""
+    return given.assign(copy=given.groupby([*GROUP, "topic"], sort=False).cumcount())
+
+
+# --- one value a model, method and trait
+
+
+def groups(given):
+    """((model, method, trait), rows): models as they come, methods from base to peft, traits O C E A N."""
+    for model in given["model"].unique():
+        own = given[given["model"] == model]
+        for method in [m for m in answers.METHODS if m in set(own["method"])]:
+            of_method = own[own["method"] == method]
+            for trait in big5.ordered(of_method["trait"]):
+                yield (model, method, trait), of_method[of_method["trait"] == trait]
+
+
+def table(given):
+    """05_alignment.csv: columns as COLUMNS. TA with its Wilson interval, the others means; NaN values are left out.
+
+    given: answers with all columns of this module and `lib/likelihood`. dd: drawdown, mean token KL(pre || edited) on
+    another topic's reference text, nats (Mao et al. 2023).
+    """
+    found = []
+    for key, rows in groups(given):
+        ta = intervals.wilson(int(rows["correct"].sum()), len(rows))
+        means = (rows[c].mean() for c in ("pae", "es", "kl", "tpei", "coherent"))
+        found.append((*key, len(rows), *ta, *means))
+    return pd.DataFrame(found, columns=list(COLUMNS))
+
+
+def leakage(given):
+    """Which trait is found where which was wanted: columns model, method, trait, predicted, share. Shares add to 1."""
+    found = []
+    for key, rows in groups(given):
+        shares = rows["predicted"].value_counts(normalize=True)
+        found += [(*key, p, shares.get(p, 0.0)) for p in big5.ordered(given["trait"])]
+        if rest := sum(v for p, v in shares.items() if p not in set(given["trait"])):
+            found.append((*key, "another", rest))
+    return pd.DataFrame(found, columns=[*GROUP, "predicted", "share"])
+
+
+# --- paired comparison
+
+
+def sign_flip(differences):
+    """Two-sided p-value of the exact sign-flip permutation test (Fisher 1935) for differences of -1, 0 or 1.
+
+    Under the null hypothesis every difference is as likely to have the other sign. Over all 2^d flips of the d that are
+    not 0, the sum is 2 B - d with B binomial (d, 1/2), so nothing is drawn: the test is McNemar's exact one (1947).
+    """
+    differences = np.asarray(differences, dtype=int)
+    d, total = np.abs(differences).sum(), abs(differences.sum())
+    return 1.0 if d == 0 else min(1.0, 2 * float(binom.sf((d + total) // 2 - 1, d, 0.5)))
+
+
+def cohens_h(one, other):
+    """Effect size of two shares, 2 asin sqrt(one) - 2 asin sqrt(other), -pi to pi (Cohen 1988): .2 small, .8 large."""
+    return 2 * np.arcsin(np.sqrt(one)) - 2 * np.arcsin(np.sqrt(other))
+
+
+def compare(given, seed, draws=2000):
+    """PEFT against every other method on the same questions, by trait: a row a comparison.
+
+    Columns model, trait, method (the other one), n, peft, other (TA), difference with low and high (percentile
+    bootstrap over questions), h (Cohen's), peft_only, other_only (questions that one alone got right), p (`sign_flip`),
+    p_holm (Holm 1979, over all comparisons of a model).
+    """
+    found = []
+    for (model, trait), rows in _numbered(given).groupby(["model", "trait"], sort=False):
+        right = rows.pivot(index=["topic", "copy"], columns="method", values="correct")
+        for method in [m for m in answers.METHODS if m in right and m != "peft" and "peft" in right]:
+            pair = right[["peft", method]].dropna().astype(int)
+            d = (pair["peft"] - pair[method]).to_numpy()
+            shares = pair["peft"].mean(), pair[method].mean()
+            effect = (*map(float, intervals.bootstrap(d, seed, draws)), cohens_h(*shares))
+            alone = (d > 0).sum(), (d < 0).sum()
+            found.append((model, trait, method, len(d), *shares, *effect, *alone, sign_flip(d)))
+    names = ["model", "trait", "method", "n", "peft", "other", "difference", "low", "high", "h", "peft_only"]
+    tests = pd.DataFrame(found, columns=[*names, "other_only", "p"])
+    holm = tests.groupby("model", sort=False)["p"].transform(lambda p: multipletests(p, method="holm")[1])
+    return tests.assign(p_holm=holm)
+
+
+# --- the paper's claims
+
+
+def superior(tests):
+    """The claim "PEFT is superior to IKE", by the paired tests of one model: a dictionary with `verdict`.
+
+    Rule: *holds* if PEFT's TA is clearly higher (p after Holm below .05) for at least four traits in five and IKE's
+    clearly higher for none. *Does not hold* if IKE's is clearly higher for more traits than PEFT's, or if for no trait
+    the interval of the difference reaches +.1, too little to matter. *Undecided here* otherwise. tests: as from
+    `compare`.
+    """
+    own = tests[tests["method"] == "ike"]
+    clear = own["p_holm"] < LEVEL
+    above, below = int((clear & (own["difference"] > 0)).sum()), int((clear & (own["difference"] < 0)).sum())
+    holds, alike = above >= 0.8 * len(own) and not below, (own["high"] < 0.1).all()
+    verdict = VERDICTS[2 if own.empty else 0 if holds and not alike else 1 if alike or below > above else 2]
+    means = {"peft": own["peft"].mean(), "ike": own["other"].mean(), "least_h": own["h"].min()}
+    return {"verdict": verdict, "traits": len(own), "peft_above": above, "ike_above": below, **means}
+
+
+def beyond_sampling(ta, n):
+    """Standard deviation of TA over runs beyond what finite answers bring about, pooled over traits.
+
+    ta, n: lists over the traits of arrays (runs,): shares, and of how many answers. Of every trait the variance of its
+    shares minus the mean of p (1 - p) / (n - 1), the unbiased variance of a share; the root of the mean over traits, 0
+    where sampling explains it all.
+    """
+    own = [t.var(ddof=1) - (t * (1 - t) / np.maximum(k - 1, 1)).mean() for t, k in zip(ta, n, strict=True)]
+    return float(np.sqrt(max(0, np.mean(own))))
+
+
+def varies(prompts, seeds, seed, draws=2000):
+    """The claim "IKE varies with its prompt", more than PEFT with its seed, for one model: a dictionary with `verdict`.
+
+    prompts: TA of IKE under every prompt, columns trait, wording, demonstrations, n, ta. seeds: TA of PEFT, columns
+    trait, seed, n, ta. Compared are the spreads of `beyond_sampling`. Rule: *holds* if the 95 % bootstrap interval of
+    their difference (runs resampled within traits) lies above 0, *does not hold* if IKE's spread is 0 or the interval
+    lies below 0, *undecided here* otherwise, also where a trait has one run only. PEFT's few seeds make it wide.
+    """
+    parts = [_by_trait(prompts), _by_trait(seeds)]
+    ike, peft = (beyond_sampling(ta, n) if min(map(len, ta)) > 1 else np.nan for ta, n in parts)
+    drawn = [_redrawn(ta, n, np.random.default_rng((seed, i)), draws) for i, (ta, n) in enumerate(parts)]
+    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+    sure = np.isfinite(ike - peft)
+    verdict = VERDICTS[0 if sure and low > 0 else 1 if sure and (ike == 0 or high < 0) else 2]
+    ta = prompts["ta"]
+    spread = {"ike_sd": float(ike), "peft_sd": float(peft), "low": float(low), "high": float(high)}
+    return {"verdict": verdict, **spread, "ike_least": ta.min(), "ike_most": ta.max()}
+
+
+def _by_trait(table):
+    """Lists over the traits of the columns ta and n."""
+    own = [rows for _, rows in table.groupby("trait", sort=False)]
+    return [[rows[column].to_numpy() for rows in own] for column in ("ta", "n")]
+
+
+def _redrawn(ta, n, rng, draws):
+    """`beyond_sampling` of bootstrap samples of the runs: (draws,). A sample's variance is too small by (k - 1) / k."""
+    found = []
+    for t, k in zip(ta, n, strict=True):
+        pick = rng.integers(len(t), size=(draws, len(t)))
+        variance = t[pick].var(-1, ddof=1) if len(t) > 1 else np.full(draws, np.nan)
+        found.append(variance - (t[pick] * (1 - t[pick]) / np.maximum(k[pick] - 1, 1)).mean(-1))
+    return np.sqrt(np.maximum(0, np.mean(found, axis=0)))
+
+
+def gibberish(given, limit):
+    """Which answers are gibberish: not `coherent`, or perplexity under the untouched base above `limit`, or none."""
+    return ~given["coherent"].astype(bool) | ~(given["perplexity"] <= limit)
+
+
+def readable(given, share=0.95):
+    """Perplexity below which this share of human-made reference texts lies, under the base: those behind m_plus_pre."""
+    return float(np.exp(-given.loc[given["method"] == "base", "m_plus_pre"].dropna()).quantile(share))
+
+
+def yields_gibberish(given, method="mend"):
+    """The claim "MEND yields gibberish", for the answers of one model: a dictionary with `verdict`.
+
+    Rule: *holds* if most answers are `gibberish` (95 % Wilson interval above one half) and more than of the base model
+    (intervals apart); *does not hold* if the interval lies below one half; *undecided here* otherwise. The limit on
+    perplexity is what 95 in 100 reference texts stay below (`readable`).
+    """
+    limit = readable(given)
+    bad = gibberish(given, limit)
+    shares = {m: bad[given["method"] == m] for m in (method, "base")}
+    own, base = (intervals.wilson(int(b.sum()), len(b)) for b in shares.values())
+    verdict = VERDICTS[0 if own[1] > max(0.5, base[2]) else 1 if own[2] < 0.5 else 2]
+    medians = {f"perplexity_{m}": given.loc[given["method"] == m, "perplexity"].median() for m in shares}
+    coherent = {f"coherent_{m}": given.loc[given["method"] == m, "coherent"].mean() for m in shares}
+    numbers = {"gibberish": own[0], "low": own[1], "high": own[2], "gibberish_base": base[0], "limit": limit}
+    return {"verdict": verdict, **numbers, **coherent, **medians}
+
+
+def combined(verdicts):
+    """One verdict of several models': theirs, where they agree, and else undecided."""
+    return verdicts[0] if len(set(verdicts)) == 1 else VERDICTS[2]
+
+
+# --- what it costs
+
+
+def cost(settings, given, frame):
+    """What a method costs: model, method, minutes (of training, on the machine that trained), prompt_tokens (mean)."""
+    models, found = {hub.label(m): m for m in settings.chat.models}, []
+    for (model, method), rows in given.groupby(["model", "method"], sort=False):
+        seconds = [_seconds(settings, f, method) for f in _trained(settings, models[model], method, rows, frame)]
+        found.append((model, method, sum(seconds) / 60, rows["prompt_tokens"].mean()))
+    return pd.DataFrame(found, columns=["model", "method", "minutes", "prompt_tokens"])
+
+
+def _trained(settings, model, method, rows, frame):
+    """The folders of what a method has trained for a model."""
+    if method == "mend":
+        return [mend.folder(settings, model, frame)]
+    train = frame[frame["split"] == "train"]
+    traits = big5.ordered(rows["trait"]) if method == "peft" else []
+    return [qlora.folder(settings, model, t, train[train["trait"] == t]) for t in traits]
+
+
+def _seconds(settings, folder, method):
+    place = artifacts.require(folder, answers.MAKERS[method][0], settings.profile)
+    return json.loads((place / "training.json").read_text("utf-8"))["seconds"]
