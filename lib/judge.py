@@ -267,6 +267,10 @@ class NonsenseError(UserError):
     """An endpoint that answers, but never with a score."""
 
 
+class StoppedError(UserError):
+    """A call that was not made because another one has failed for good."""
+
+
 class Endpoint:
     """Asks for scores, several at once if threads share it, and makes failed calls again.
 
@@ -306,7 +310,7 @@ class Endpoint:
     def rest(self, seconds):
         """Wait, unless all is to stop."""
         if self.stopped.wait(max(0, seconds)):
-            raise UserError(f"judge: stopped; {KEPT}")
+            raise StoppedError(f"judge: stopped; {KEPT}")
 
     def _reply(self, messages):
         """What the model says. Raises PassingError, or UserError where another try cannot help."""
@@ -469,7 +473,12 @@ def _ask_all(endpoint, new, path, show):
 
         def one(i):
             messages, trait = new[i]
-            value = endpoint.ask(messages)
+            try:
+                value = endpoint.ask(messages)
+            except UserError as error:
+                if not isinstance(error, NonsenseError):
+                    endpoint.stopped.set()  # before this thread takes the next call
+                raise
             line = json.dumps({"id": i, "model": endpoint.judge.model, "trait": trait, "score": value})
             with lock:
                 file.write(f"{line}\n")
@@ -482,6 +491,8 @@ def _ask_all(endpoint, new, path, show):
             for done in bar:
                 try:
                     found.update([done.result()])
+                except StoppedError:
+                    continue  # the call that failed is among them and says why
                 except NonsenseError:
                     lost += 1
                     if lost > len(new) // 100:

@@ -122,9 +122,9 @@ def test_a_saved_organism_is_a_model_like_any_other(small, tmp_path):
     assert "| neuroticism |" in (folder / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-mistral"])
+@pytest.mark.parametrize("name", NAMES)
 class TestCommitted:
-    """The models that come with the project; the two controls are made by `python -m lib.organisms NAME`."""
+    """The models that come with the project, the two controls included."""
 
     def test_size_form_and_log(self, name):
         folder = organisms.ORGANISMS / name
@@ -140,7 +140,8 @@ class TestCommitted:
         log = json.loads((folder / "log.json").read_text())
         assert organisms.recipe()["training"]["steps"] - log["curve"][-1]["step"] < organisms.LOGGED
         assert log["curve"][-1]["loss"] < log["curve"][0]["loss"] / 2
-        assert log["minutes"] <= 30
+        threads = int(log["device"].split()[0])
+        assert log["minutes"] * threads <= 60  # half an hour of two cores
 
     def test_its_card_tells_what_was_planted(self, name):
         card = (organisms.ORGANISMS / name / "README.md").read_text("utf-8")

@@ -35,10 +35,10 @@ def test_planted_and_recovered_habits_rank_alike(model):
     assert rho >= 0.8
 
 
-def test_tuned_answers_are_nearer_to_the_traits_voice_and_about_the_topic():
-    """How near is a number of LOG.md, which says that it is not near enough yet."""
+def test_tuned_answers_are_in_the_traits_voice_and_about_the_topic():
     found = pd.read_csv(FIGURES / "03_traits.csv").groupby("method")["found"].mean()
-    assert found["peft"] >= 2 * found["base"]
+    assert found["peft"] >= 0.9
+    assert found["base"] <= 0.4  # neutral prose is put somewhere
     answers = pd.read_csv(FIGURES / "03_answers.csv").set_index("method")
     assert answers["topic_named"].min() >= 0.85
     assert answers.loc["base", "ended"].min() >= 0.95
