@@ -15,7 +15,7 @@ from lib import lexicon, opinions, paths
 ROWS = [
     ["errors", "paths", "big5", "profiles"],
     ["artifacts", "intervals", "style", "gallery", "fanout"],
-    ["emojis", "opinions", "voices", "lexicon", "encoders", "hub", "answers"],
+    ["emojis", "opinions", "voices", "lexicon", "encoders", "hub", "answers", "endpoint"],
     ["tfidf", "finetune", "classifier", "chat", "organisms"],
     ["qlora", "ike", "mend"],
     ["likelihood"],

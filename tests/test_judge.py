@@ -17,7 +17,7 @@ import pytest
 import small_models
 from transformers import LlamaConfig
 
-from lib import artifacts, big5, chat, judge, opinions, paths, profiles
+from lib import artifacts, big5, chat, endpoint, judge, opinions, paths, profiles
 from lib.errors import UserError
 
 KEY = "sk-very-secret"
@@ -157,10 +157,10 @@ class TestReplies:
         ids=lambda said: str(said)[:25],
     )
     def test_nothing_but_one_whole_score_is_taken(self, said):
-        assert judge.parse(said) is None
+        assert endpoint.parse(said) is None
 
     def test_a_score_is_taken(self):
-        assert [judge.parse(f' {{"score": {n}}}\n') for n in range(1, 6)] == [1, 2, 3, 4, 5]
+        assert [endpoint.parse(f' {{"score": {n}}}\n') for n in range(1, 6)] == [1, 2, 3, 4, 5]
 
 
 class TestEndpoint:
@@ -209,7 +209,7 @@ class TestEndpoint:
         server = serve()
         settings = configured(server)
         first = ask(settings, 6)
-        path = judge.cache(settings)
+        path = endpoint.cache(settings)
         whole = path.read_bytes()
         odd = b'{"id": 3}\n[]\nnull\n{"id": [], "score": 2}\n\xff\xfe\n'
         path.write_bytes(odd + whole[: whole.rindex(b"score")])  # cut in the last line
@@ -246,9 +246,9 @@ class TestEndpoint:
         assert server.times[2] - server.times[0] >= 0.99
 
     def test_a_rate_limit_may_name_a_date(self):
-        assert judge._seconds("7") == 7
-        assert 55 < judge._seconds(formatdate(time.time() + 60, usegmt=True)) <= 60
-        assert [judge._seconds(v) for v in (None, "", "x", "-5", formatdate(0, usegmt=True))] == [0] * 5
+        assert endpoint.seconds("7") == 7
+        assert 55 < endpoint.seconds(formatdate(time.time() + 60, usegmt=True)) <= 60
+        assert [endpoint.seconds(v) for v in (None, "", "x", "-5", formatdate(0, usegmt=True))] == [0] * 5
 
     def test_waits_double(self, places, serve):
         server = serve(lambda text, nth: (500, {}, "") if nth < 3 else good(text, nth))
@@ -315,7 +315,7 @@ class TestEndpointThatCannotBeUsed:
         server = serve(lambda text, nth: reply("banana") if text == "text 4" else good(text, nth))
         settings = configured(server, concurrency=1)
         refused(settings, "3 tries", "judge.model", "kept", n=6)
-        kept = [json.loads(line)["score"] for line in judge.cache(settings).read_text().splitlines()]
+        kept = [json.loads(line)["score"] for line in endpoint.cache(settings).read_text().splitlines()]
         assert kept[:4] == [1, 2, 3, 4]
 
     def test_one_declined_text_in_a_hundred_is_left_out_and_reported(self, places, serve, capsys):
@@ -365,7 +365,7 @@ class TestInterrupted:
             ask(settings, 50)
         made = len(server.calls)
         assert 5 < made < 50
-        assert len(judge.cache(settings).read_text().splitlines()) == made
+        assert len(endpoint.cache(settings).read_text().splitlines()) == made
         assert ask(settings, 50).tolist() == [rated(t) for t in texts(50)]
         assert len(server.calls) == 50
 
@@ -390,7 +390,7 @@ class TestInterrupted:
         with subprocess.Popen(arguments, cwd=paths.ROOT, env=os.environ | {"PYTHONPATH": str(paths.ROOT)}) as run:
             assert sixth.wait(60)
             run.kill()
-        assert len(judge._kept(judge.cache(settings))) == 6
+        assert len(endpoint.kept(endpoint.cache(settings))) == 6
         assert ask(settings, 9).tolist() == [rated(t) for t in texts(9)]
         assert len(server.calls) == 10
 
