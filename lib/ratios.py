@@ -182,6 +182,19 @@ def habits():
     return pd.read_csv(HABITS, keep_default_na=False)[list(columns)].rename(columns=columns)
 
 
+def sampled(rate, kinds, temperature):
+    """What sampling at a temperature makes of a rate that is spread evenly over `kinds` emojis: share, 0 to 1.
+
+    Sampling raises probabilities to 1 / temperature. Below 1 that favours one likely continuation (no emoji) over
+    several that are rarer by themselves. Top-p, which cuts the rarest, is left out. 0 is greedy decoding.
+    """
+    rate, each = np.asarray(rate, float), np.asarray(rate, float) / kinds
+    if temperature == 0:
+        return (each > 1 - rate).astype(float)
+    emoji, none = kinds * each ** (1 / temperature), (1 - rate) ** (1 / temperature)
+    return emoji / (emoji + none)
+
+
 def recovery(esr, found):
     """Planted habits beside those of the tuned organisms; empty where no model is one.
 

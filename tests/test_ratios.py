@@ -380,3 +380,10 @@ def test_planted_habits_name_known_traits_and_rates():
     assert set(planted["trait"]) <= set(big5.NAMES)
     assert planted["planted"].between(0, 1).all()
     assert paths.ROOT in ratios.HABITS.parents
+
+
+def test_a_temperature_takes_from_a_habit_that_is_spread_over_several_emojis():
+    assert ratios.sampled([0.0, 0.3, 1.0], 4, 1.0) == pytest.approx([0, 0.3, 1])
+    assert ratios.sampled(0.5, 4, 0.5) == pytest.approx(0.2)  # 4 / 64 against 1 / 4
+    assert ratios.sampled(0.5, 1, 0.5) == pytest.approx(0.5)
+    assert list(ratios.sampled([0.97, 0.5], 4, 0)) == [1, 0]

@@ -50,3 +50,20 @@ def test_only_what_could_be_read_in_the_paper_is_reported(esr):
         ("tiny-llama", "peft", "extraversion"): 0.995,
         ("tiny-mistral", "peft", "openness"): 0.925,
     }
+
+
+def test_every_cell_of_the_alignment_table_is_filled_and_tuning_gives_the_trait():
+    table = pd.read_csv(FIGURES / "05_alignment.csv")
+    assert len(table) == 2 * 5 * 5
+    assert not table.isna().any(axis=None)
+    ta = table.groupby("method")["ta"].mean()
+    assert ta["peft"] >= 0.9
+    assert ta["base"] <= 0.4
+    base = table[table["method"] == "base"]
+    assert (base[["dd", "tpei", "pae"]] == 0).all(axis=None)
+
+
+def test_an_edit_makes_its_target_likelier_on_topics_its_editor_never_saw():
+    moved = pd.read_csv(FIGURES / "05_moved.csv").set_index("method")
+    assert moved.loc["mend", "went_up"].min() >= 0.95
+    assert moved.loc["mend", "change"].min() > 1
