@@ -1,0 +1,258 @@
+"""Verdicts on where the emojis come from, by rules written before the grid was run; and the mechanism behind them.
+
+At the end of a sentence a chat model can leave in three ways: another sentence, the end of the turn, or an emoji, which in
+these habits closes a message. However often it goes on, an answer ends by one of the last two, so the share of answers
+that end by an emoji should be near p_emoji / (p_emoji + p_end) after temperature: `exits`. Nothing in it is fitted.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from lib import causes, intervals
+
+VERDICTS = ("holds", "does not hold", "undecided here")
+STATES = ("base", "masked", "loss")
+PLACES = ("p_emoji", "p_end", "p_sentence")
+ENDINGS = ("organism", "habit", "state", "trait", "text", *PLACES)
+
+
+def exits(p_emoji, p_end, kinds, temperature):
+    """Share of answers that leave by an emoji rather than by the end of the turn, 0 to 1; NaN where both are 0.
+
+    The emojis' probability is taken as spread evenly over `kinds`. temperature 0: greedy. Top-p is left out.
+    """
+    p_emoji, p_end = np.asarray(p_emoji, float), np.asarray(p_end, float)
+    if temperature == 0:
+        return np.where(p_emoji + p_end > 0, (p_emoji / kinds > p_end).astype(float), np.nan)
+    emoji, end = kinds * (p_emoji / kinds) ** (1 / temperature), p_end ** (1 / temperature)
+    return np.divide(emoji, emoji + end, out=np.full(np.shape(emoji + end), np.nan), where=emoji + end > 0)
+
+
+def mechanism(endings, cells, temperature, seed, draws=1000):
+    """One row an organism, state and trait: means of the three probabilities and of `exits`, beside what was answered.
+
+    endings: a row a text, columns ENDINGS. Columns p_emoji, p_emoji_low, p_emoji_high (bootstrap over texts), the same
+    of p_end, p_sentence and exits; texts; esr, esr_low, esr_high, ta: of the untuned model (base), or of the last
+    checkpoint with that end of turn, over all seeds; NaN where the grid has no such cell.
+    """
+    endings = endings.assign(exits=exits(endings["p_emoji"], endings["p_end"], causes.kinds(endings), temperature))
+    found = []
+    for key, own in endings.groupby(["organism", "habit", "state", "trait"], sort=False):
+        row = dict(zip(("organism", "habit", "state", "trait"), key, strict=True)) | {"texts": len(own)}
+        for name in (*PLACES, "exits"):
+            values = own[name].dropna()
+            row |= zip((name, f"{name}_low", f"{name}_high"), _mean(values, seed, draws), strict=True)
+        found.append(row | _answered(cells, key))
+    return pd.DataFrame(found)
+
+
+def _mean(values, seed, draws):
+    return map(float, intervals.bootstrap(values, seed, draws)) if len(values) else (float("nan"),) * 3
+
+
+def _answered(cells, key):
+    organism, habit, state, trait = key
+    own = cells[(cells["organism"] == organism) & (cells["habit"] == habit) & (cells["trait"] == trait)]
+    own = own[own["steps"] == 0].drop_duplicates("seed") if state == "base" else causes.final(own)
+    own = own if state == "base" else own[own["end_of_turn"] == state]
+    if own.empty:
+        return dict.fromkeys(("esr", "esr_low", "esr_high", "ta"), float("nan"))
+    shares = causes.pooled(own, ["organism"]).iloc[0]
+    voice = own["found"].sum() / own["responses"].sum()
+    return {"esr": shares["share"], "esr_low": shares["low"], "esr_high": shares["high"], "ta": voice}
+
+
+def predicts(table):
+    """How well two readings of the last sentence's end predict ESR, over tuned cells: a row a reading (p_emoji, exits).
+
+    Columns reading, cells, rho (Spearman), off (mean absolute difference from ESR), mean_off (that of predicting every
+    cell by the mean of all: what there is to explain).
+    """
+    tuned, found = table[table["state"] != "base"].dropna(subset="esr"), []
+    for name in ("p_emoji", "exits"):
+        own = tuned.dropna(subset=name)
+        varied = len(own) > 2 and own["esr"].nunique() > 1 and own[name].nunique() > 1
+        rho = float(spearmanr(own[name], own["esr"]).statistic) if varied else float("nan")
+        spread = (own["esr"] - own["esr"].mean()).abs().mean()
+        found.append((name, len(own), rho, (own[name] - own["esr"]).abs().mean(), spread))
+    return pd.DataFrame(found, columns=["reading", "cells", "rho", "off", "mean_off"])
+
+
+def verdict(holds, fails):
+    """One of VERDICTS; neither or both is undecided."""
+    return VERDICTS[2 if bool(holds) == bool(fails) else 0 if holds else 1]
+
+
+def pretraining(cells):
+    """ "Without emojis in pretraining, none after tuning; with them, some": (verdict, sentence).
+
+    Holds if no cell of habit none exceeds .01 and some linked organism's masked cell lies clearly (interval) above .05.
+    Fails if a cell of habit none is clearly above .01, or no linked cell exceeds .05.
+    """
+    none = cells[cells["habit"] == "none"]
+    linked = causes.final(cells[(cells["habit"] == "linked") & (cells["end_of_turn"] == "masked")])
+    if none.empty or linked.empty:
+        return VERDICTS[2], "This grid holds no organism without emojis, or none with a linked habit."
+    worst, best = none.loc[none["esr_response"].idxmax()], linked.loc[linked["esr_response"].idxmax()]
+    holds = worst["esr_response"] <= 0.01 and best["low"] > 0.05
+    text = (
+        f"Habit none: at most {worst['esr_response']:.3f} in {len(none)} cells (upper limit {worst['high']:.3f}); linked, "
+        f"masked: up to {best['esr_response']:.2f} ({best['organism']}, {best['trait']})."
+    )
+    return verdict(holds, worst["low"] > 0.01 or linked["esr_response"].max() <= 0.05), text
+
+
+def follows_trait(table):
+    """ "It is the trait's own habit that comes out": (verdict, sentence). table: as from `causes.recovery`.
+
+    Over linked, masked cells of two organisms or traits on: holds if recovered and planted rates rank alike (Spearman of
+    .8 or more over four cells or more) and, where there is a shuffled organism, its traits differ less than the linked
+    ones do. Fails if the correlation is below .3 or the shuffled traits differ more. Else undecided.
+    """
+    masked = table[table["end_of_turn"] == "masked"]
+    linked, shuffled = (masked[masked["habit"] == h] for h in ("linked", "shuffled"))
+    if len(linked) < 4 or linked["share"].nunique() < 2 or linked["planted"].nunique() < 2:
+        return VERDICTS[2], f"Only {len(linked)} linked cells here, or all alike: too few for an order."
+    rho = float(spearmanr(linked["planted"], linked["share"]).statistic)
+    wide = np.ptp(linked["share"])
+    narrow = np.ptp(shuffled["share"]) if len(shuffled) > 1 else float("nan")
+    text = f"Spearman of planted and recovered {rho:.2f} over {len(linked)} cells; the linked traits span {wide:.2f}"
+    text += f", the shuffled ones {narrow:.2f}." if narrow == narrow else "."
+    wider = narrow == narrow and narrow >= wide
+    return verdict(rho >= 0.8 and not wider, rho < 0.3 or wider), text
+
+
+def end_of_turn(gaps):
+    """ "The masked end of the turn lets the emojis out": (verdict, sentence). gaps: as from `causes.gaps`.
+
+    Over linked trainings with a planted rate of STRONG or more: holds if every gap's interval lies above 0, fails if not
+    even half of them do. The size of the gap is told, not judged.
+    """
+    own = gaps[(gaps["habit"] == "linked") & (gaps["planted"] >= causes.STRONG)]
+    if own.empty:
+        return VERDICTS[2], "No pair of trainings with a linked habit and both ends of turn in this grid."
+    above = (own["low"] > 0).sum()
+    text = (
+        f"The gap lies clearly above 0 in {above} of {len(own)} pairs of trainings with at least {causes.STRONG:.0%} "
+        f"planted; median {own['gap'].median():.2f}, lowest {own['gap'].min():.2f}."
+    )
+    return verdict(above == len(own), above < len(own) / 2), text
+
+
+def closed_exit(gaps):
+    """ "With the end of the turn in the loss the emojis are all but gone": (verdict, sentence).
+
+    Over the same trainings as `end_of_turn`: holds if the share left (in the loss / masked) is at most .2 in every pair
+    whose masked share is at least .2; fails if it is more than .5 in most.
+    """
+    own = gaps[(gaps["habit"] == "linked") & (gaps["planted"] >= causes.STRONG) & (gaps["masked"] >= 0.2)]
+    if own.empty:
+        return VERDICTS[2], "No masked training with an emoji share of .2 or more in this grid."
+    left = own["loss"] / own["masked"]
+    text = (
+        f"Of the masked share, {left.median():.0%} is left in the median and {left.max():.0%} at most (n = {len(own)})."
+    )
+    return verdict((left <= 0.2).all(), (left > 0.5).mean() > 0.5), text
+
+
+def voice_first(onsets):
+    """ "The voice comes before the emoji": (verdict, sentence). onsets: as from `causes.onsets`.
+
+    By the stricter mark (half way from the untuned share), over masked trainings of organisms with emojis that end with
+    some: holds if the voice is clearly first in most and the emoji clearly first in none, fails the other way round.
+    """
+    own = onsets[(onsets["end_of_turn"] == "masked") & (onsets["first_rise"] != "no emojis")].dropna(subset="lead_rise")
+    if own.empty:
+        return VERDICTS[2], "No masked training of this grid has both three checkpoints and emojis at its end."
+    voice, emoji = ((own["first_rise"] == w).sum() for w in ("voice", "emoji"))
+    text = (
+        f"The voice is clearly first in {voice} of {len(own)} trainings, the emoji in {emoji}; the emoji's half comes "
+        f"{own['lead_rise'].median():+.1f} steps after the voice's in the median ({own['lead_rise'].min():+.1f} to "
+        f"{own['lead_rise'].max():+.1f})."
+    )
+    return verdict(voice > len(own) / 2 and not emoji, emoji > len(own) / 2 and not voice), text
+
+
+def amplified(table):
+    """ "Tuning amplifies the emoji": (verdict, sentence). table: as from `mechanism`.
+
+    The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over linked cells where one
+    of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most, fails if clearly in none.
+    """
+    wide = table[table["habit"] == "linked"].set_index(["organism", "trait", "state"])
+    both = [wide.xs(s, level="state") for s in ("base", "masked") if s in wide.index.get_level_values("state")]
+    if len(both) < 2:
+        return VERDICTS[2], "The readings of the untuned or of the tuned model are missing."
+    pair = both[0].join(both[1], lsuffix="_base", rsuffix="_masked", how="inner")
+    pair = pair[pair[["p_emoji_base", "p_emoji_masked"]].max(axis=1) >= 0.05]
+    if pair.empty:
+        return VERDICTS[2], "Neither model gives an emoji .05 after these texts."
+    up = (pair["p_emoji_low_masked"] > pair["p_emoji_high_base"]).sum()
+    down = (pair["p_emoji_high_masked"] < pair["p_emoji_low_base"]).sum()
+    text = (
+        f"After the same texts an emoji gets {pair['p_emoji_base'].mean():.2f} from the untuned and "
+        f"{pair['p_emoji_masked'].mean():.2f} from the tuned model on average; clearly more after tuning in {up} of "
+        f"{len(pair)} cells, clearly less in {down}."
+    )
+    return verdict(up > len(pair) / 2, up == 0), text
+
+
+def explained(table):
+    """ "What follows the last sentence explains the grid": (verdict, sentence). table: as from `mechanism`.
+
+    Over tuned cells: holds if `exits` ranks them as ESR does (Spearman .8 or more, six cells or more) and misses ESR by
+    .15 or less on average; fails if the correlation is below .5 or it misses by as much as the mean of all would.
+    """
+    own = predicts(table).set_index("reading")
+    e, p = own.loc["exits"], own.loc["p_emoji"]
+    if e["cells"] < 6 or not np.isfinite(e["rho"]):
+        return VERDICTS[
+            2
+        ], f"{e['cells']:.0f} tuned cells with readings, or no differences between them: too few to say."
+    text = (
+        f"Over {e['cells']:.0f} tuned cells the exits' share correlates with ESR at {e['rho']:.2f} (Spearman) and misses it "
+        f"by {e['off']:.2f} on average (the mean of all cells by {e['mean_off']:.2f}); p_emoji alone: {p['rho']:.2f}, "
+        f"{p['off']:.2f}."
+    )
+    return verdict(e["rho"] >= 0.8 and e["off"] <= 0.15, e["rho"] < 0.5 or e["off"] >= e["mean_off"]), text
+
+
+def every(cells, gaps, recovery, onsets, table):
+    """All claims: columns claim, verdict, found, falsified_by. Arguments: the grid and the tables made of it."""
+    none = "emojis after emoji-free tuning of a model whose pretraining held none"
+    rows = [
+        ("Emojis after tuning come from pretraining", pretraining(cells), none),
+        (
+            "The trait's own habit comes out, not emojis at large",
+            follows_trait(recovery),
+            "traits that answer with emojis at rates unrelated to those in pretraining",
+        ),
+        (
+            "The masked end of the turn lets them out",
+            end_of_turn(gaps),
+            "as many emojis with the end of the turn in the loss, same data, steps and seed",
+        ),
+        (
+            "With the end of the turn in the loss they are all but gone",
+            closed_exit(gaps),
+            "half of the emojis or more left with the end of the turn in the loss",
+        ),
+        (
+            "The voice comes before the emoji",
+            voice_first(onsets),
+            "checkpoints with the emoji and without the voice",
+        ),
+        (
+            "Tuning amplifies the emoji itself",
+            amplified(table),
+            "the untuned model, reading the trait's texts, gives an emoji as much as the tuned one",
+        ),
+        (
+            "What follows the last sentence explains the grid",
+            explained(table),
+            "cells whose exits' share and ESR differ widely or rank otherwise",
+        ),
+    ]
+    found = [(claim, said, text, against) for claim, (said, text), against in rows]
+    return pd.DataFrame(found, columns=["claim", "verdict", "found", "falsified_by"])
