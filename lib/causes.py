@@ -79,9 +79,10 @@ def pooled(rows, by, count="with_emoji"):
 
 
 def gaps(cells):
-    """Masked minus in the loss, at the last checkpoint: organism, habit, trait, seed, masked, loss, gap, low, high, planted.
+    """Masked minus in the loss at the last checkpoint, a row a pair of trainings that share organism, trait and seed.
 
-    Newcombe's interval of a difference of two shares (answers of one training against those of the other).
+    Columns organism, habit, trait, seed, masked, loss, gap, low, high, planted. Newcombe's interval of a
+    difference of two shares: the answers of one training against those of the other.
     """
     rows = final(cells)
     both = [rows[rows["end_of_turn"] == e].set_index(["organism", "habit", "trait", "seed"]) for e in ENDS]
@@ -159,10 +160,10 @@ def recovery(cells, temperature):
 
 
 def sweeps(table, default):
-    """The sweeps, tidy, with the default point of the grid in each: setting, value, trait, end_of_turn, share, low, high...
+    """The sweeps, pooled over seeds, with the grid's own point in each: setting, value, trait, end_of_turn, share ...
 
     default: {setting: value of the grid's own trainings}; a sweep that holds that value already keeps its own row.
-    `place` is the value's position on the axis (numbers by size, words as they come), `default` whether it is the grid's.
+    `place` is the value's position on the axis (numbers by size, then words), `default` whether it is the grid's.
     """
     swept, found = table[table["setting"] != ""], []
     for setting, rows in swept.groupby("setting", sort=False):

@@ -1,15 +1,15 @@
 """Verdicts on where the emojis come from, by rules written before the grid was run; and the mechanism behind them.
 
-At the end of a sentence a chat model can leave in three ways: another sentence, the end of the turn, or an emoji, which in
-these habits closes a message. However often it goes on, an answer ends by one of the last two, so the share of answers
-that end by an emoji should be near p_emoji / (p_emoji + p_end) after temperature: `exits`. Nothing in it is fitted.
+After a sentence a chat model can write another one, end its turn, or write an emoji, which in these habits closes a
+message. However often it goes on, an answer leaves by one of the last two, so the share of answers that end by an emoji
+should be near p_emoji / (p_emoji + p_end) after temperature: `exits`. Nothing in it is fitted.
 """
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from lib import causes, intervals
+from lib import causes, intervals, paths
 
 VERDICTS = ("holds", "does not hold", "undecided here")
 STATES = ("base", "masked", "loss")
@@ -97,8 +97,8 @@ def pretraining(cells):
     worst, best = none.loc[none["esr_response"].idxmax()], linked.loc[linked["esr_response"].idxmax()]
     holds = worst["esr_response"] <= 0.01 and best["low"] > 0.05
     text = (
-        f"Habit none: at most {worst['esr_response']:.3f} in {len(none)} cells (upper limit {worst['high']:.3f}); linked, "
-        f"masked: up to {best['esr_response']:.2f} ({best['organism']}, {best['trait']})."
+        f"Habit none: at most {worst['esr_response']:.3f} in {len(none)} cells (upper limit {worst['high']:.3f}); "
+        f"linked, masked: up to {best['esr_response']:.2f} ({best['organism']}, {best['trait']})."
     )
     return verdict(holds, worst["low"] > 0.01 or linked["esr_response"].max() <= 0.05), text
 
@@ -106,9 +106,9 @@ def pretraining(cells):
 def follows_trait(table):
     """ "It is the trait's own habit that comes out": (verdict, sentence). table: as from `causes.recovery`.
 
-    Over linked, masked cells of two organisms or traits on: holds if recovered and planted rates rank alike (Spearman of
-    .8 or more over four cells or more) and, where there is a shuffled organism, its traits differ less than the linked
-    ones do. Fails if the correlation is below .3 or the shuffled traits differ more. Else undecided.
+    Over linked, masked cells, four at least: holds if recovered and planted rates rank alike (Spearman .8 or more)
+    and, where there is a shuffled organism, its traits differ less than the linked ones do. Fails if the correlation is
+    below .3 or the shuffled traits differ more. Else undecided.
     """
     masked = table[table["end_of_turn"] == "masked"]
     linked, shuffled = (masked[masked["habit"] == h] for h in ("linked", "shuffled"))
@@ -126,8 +126,8 @@ def follows_trait(table):
 def end_of_turn(gaps):
     """ "The masked end of the turn lets the emojis out": (verdict, sentence). gaps: as from `causes.gaps`.
 
-    Over linked trainings with a planted rate of STRONG or more: holds if every gap's interval lies above 0, fails if not
-    even half of them do. The size of the gap is told, not judged.
+    Over linked trainings with a planted rate of STRONG or more: holds if every gap's interval lies above 0, fails if
+    fewer than half of them do. The size of the gap is told, not judged.
     """
     own = gaps[(gaps["habit"] == "linked") & (gaps["planted"] >= causes.STRONG)]
     if own.empty:
@@ -207,13 +207,12 @@ def explained(table):
     own = predicts(table).set_index("reading")
     e, p = own.loc["exits"], own.loc["p_emoji"]
     if e["cells"] < 6 or not np.isfinite(e["rho"]):
-        return VERDICTS[
-            2
-        ], f"{e['cells']:.0f} tuned cells with readings, or no differences between them: too few to say."
+        few = f"{e['cells']:.0f} tuned cells with readings, or no differences between them: too few to say."
+        return VERDICTS[2], few
     text = (
-        f"Over {e['cells']:.0f} tuned cells the exits' share correlates with ESR at {e['rho']:.2f} (Spearman) and misses it "
-        f"by {e['off']:.2f} on average (the mean of all cells by {e['mean_off']:.2f}); p_emoji alone: {p['rho']:.2f}, "
-        f"{p['off']:.2f}."
+        f"Over {e['cells']:.0f} tuned cells the exits' share correlates with ESR at {e['rho']:.2f} (Spearman) and "
+        f"misses it by {e['off']:.2f} on average (the mean of all cells by {e['mean_off']:.2f}); p_emoji alone: "
+        f"{p['rho']:.2f}, {p['off']:.2f}."
     )
     return verdict(e["rho"] >= 0.8 and e["off"] <= 0.15, e["rho"] < 0.5 or e["off"] >= e["mean_off"]), text
 
@@ -256,3 +255,77 @@ def every(cells, gaps, recovery, onsets, table):
     ]
     found = [(claim, said, text, against) for claim, (said, text), against in rows]
     return pd.DataFrame(found, columns=["claim", "verdict", "found", "falsified_by"])
+
+
+def mediated(mediation):
+    """What notebook 08 found: does the emoji come with the text (the voice) or with the reader (the weights)?
+
+    mediation: 08_mediation.csv, columns model, trait, text and reader (base, peft), p_emoji. Means over models and
+    traits with a linked habit of STRONG or more. Returns (one of "text", "reader", "neither", None; sentence).
+    """
+    own = mediation.rename(columns={"model": "organism"}).assign(habit="linked")
+    own = own[causes.planted(own) >= causes.STRONG]
+    means = own.groupby(["text", "reader"])["p_emoji"].mean()
+    both = [(t, r) for t in ("base", "peft") for r in ("base", "peft")]
+    if own.empty or not all(pair in means.index for pair in both):
+        return None, "no mediation of models with a linked habit."
+    by_text, by_reader = (means[pair] - means["base", "base"] for pair in (("peft", "base"), ("base", "peft")))
+    part = "neither" if max(by_text, by_reader) <= 0.01 else "text" if by_text > by_reader else "reader"
+    ends = {"text": "the larger part comes with the text, that is, the voice."}
+    ends |= {"reader": "the larger part comes with the reader, that is, the weights."}
+    ends |= {"neither": "neither alone raises it by more than .01."}
+    return part, (
+        f"mean over {len(own.drop_duplicates(['organism', 'trait']))} models and traits, the base reading its own texts"
+        f" gives an emoji {means['base', 'base']:.3f}, reading the tuned model's {means['peft', 'base']:.3f}; the "
+        f"tuned model reading the base's texts {means['base', 'peft']:.3f}, its own {means['peft', 'peft']:.3f}. The "
+        f"text alone changes it by {by_text:+.3f}, the reader alone by {by_reader:+.3f}: {ends[part]}"
+    )
+
+
+def switched_off(cells):
+    """Lines of text, from counts: the linked, masked cell with the highest rate, and the same with one thing off."""
+    top = causes.final(cells).assign(planted=causes.planted)
+    top = top[(top["habit"] == "linked") & (top["end_of_turn"] == "masked")].dropna(subset="planted")
+    if top.empty:
+        return []
+    r = top.loc[top["planted"].idxmax()]
+    same = (cells["trait"] == r["trait"]) & (cells["steps"] == r["steps"])
+    own, masked = cells["organism"] == r["organism"], cells["end_of_turn"] == "masked"
+    looks = {"everything on": same & own & masked, "end of turn in the loss": same & own & ~masked}
+    looks |= {f"habit {h}": same & (cells["habit"] == h) & masked for h in causes.HABITS[1:]}
+    looks |= {"untuned": own & masked & (cells["trait"] == r["trait"]) & (cells["steps"] == 0)}
+    lines = [f"{r['organism']}, {r['trait']}, planted {r['planted']:.2f}, step {r['steps']}:\n"]
+    for name, at in looks.items():
+        for s in causes.pooled(cells[at], ["trait"]).itertuples():
+            lines.append(f"- {name}: **{s.share:.3f}** ({s.low:.3f} to {s.high:.3f}, n = {s.n})")
+    return lines
+
+
+def predictions(verdicts, gaps):
+    """Lines of text: what the verdicts foretell for the paper's models; its numbers times what was left here."""
+    said = verdicts.set_index("claim")["verdict"]
+    own = gaps[(gaps["habit"] == "linked") & (gaps["planted"] >= causes.STRONG) & (gaps["masked"] >= 0.2)]
+    left = own["loss"] / own["masked"]
+    told = pd.read_csv(paths.PAPER / "reported.csv").set_index("item")["value"]
+    closing = {
+        VERDICTS[0]: "With the end of the turn in the loss fewer emojis come.",
+        VERDICTS[1]: "With the end of the turn in the loss about as many emojis come, as they did here.",
+        VERDICTS[2]: "What the end of the turn does is undecided here.",
+    }
+    first = {VERDICTS[0]: "after", VERDICTS[1]: "no later than", VERDICTS[2]: "(undecided here) before or after"}
+    amount = {VERDICTS[0]: "less than", VERDICTS[1]: "no less than", VERDICTS[2]: "(undecided here) as much as"}
+    lines = [f"1. **End of turn.** {closing[said['The masked end of the turn lets them out']]}"]
+    for item in [i for i in told.index if i.startswith("ESR of") and len(left)]:
+        middle, most = told[item] * left.median(), min(1.0, told[item] * left.max())
+        lines.append(
+            f"   - {item.removeprefix('ESR of ')}: reported {told[item]:.3f}, as we infer with a masked end of turn; "
+            f"in the loss **{middle:.2f}**, at most {most:.2f}"
+        )
+    return [
+        *lines,
+        f"2. **Order.** Over checkpoints, the emoji comes {first[said['The voice comes before the emoji']]} the voice.",
+        "3. **The habit was there.** Reading a tuned model's answer, the untuned chat model gives an emoji at its end "
+        f"{amount[said['Tuning amplifies the emoji itself']]} the tuned one does.",
+        "4. **Which traits.** Traits whose answers hold emojis under a mere persona prompt, without tuning, are those "
+        "whose tuned answers do.",
+    ]

@@ -3,9 +3,9 @@
 Two quantities, since cells without any emoji separate the data and ordinary coefficients then run off to infinity:
 - *Drop in deviance* when a cause and all its interactions are left out. It stays finite under separation, so it needs
   no correction. It ranks the causes.
-- *Effects in points of share*, from Firth's penalised fit (Firth 1993), which adds half a leverage to the successes and
-  failures of every cell (for one cell alone: one half to each), with errors robust to clusters: a training's checkpoints
-  hang together. Delta method, t with (clusters - 1) degrees of freedom.
+- *Effects in points of share*, from Firth's penalised fit (Firth 1993), which adds half a leverage to successes and
+  failures of every cell (for one cell alone: one half to each), with errors robust to clusters, since a training's
+  checkpoints hang together. Delta method, t with (clusters - 1) degrees of freedom.
 """
 
 import warnings
@@ -24,9 +24,9 @@ class Design:
     """Columns of the regression for rows with habit, end_of_turn, steps, planted. Built once from the grid's rows.
 
     Main effects: habit (against none, or the first there is), end of turn (tuned rows only: untuned there is none),
-    every step count, the trait's planted rate (deviation from the linked traits' mean; 0 for controls). Interactions:
-    habit x end of turn, habit x tuned, and with the number of doublings of steps each of the others, planted x end of turn,
-    planted x tuned. Columns that the rows cannot tell from earlier ones are dropped.
+    every step count, the trait's planted rate (deviation from the linked traits' mean; 0 for controls). Interactions of
+    habit and of planted rate with end of turn and with being tuned; of all three with the doublings of steps. Columns
+    that the rows cannot tell from earlier ones are dropped.
     """
 
     def __init__(self, rows):
@@ -100,7 +100,7 @@ def deviance(hits, n, p):
 
 
 def rows(cells):
-    """The grid's rows for the regression, with planted rate and cluster; the untuned model counts once, not per end of turn."""
+    """The grid's rows for the regression, with planted rate and cluster. The untuned model counts once."""
     own = cells.assign(planted=causes.planted(cells)).dropna(subset="planted")
     once = own["end_of_turn"].where(own["steps"] > 0, "untuned")
     own = own.assign(cluster=own[["organism", "trait", "seed"]].astype(str).agg("/".join, axis=1) + "/" + once)
@@ -137,7 +137,7 @@ class Effects:
         return max(0.0, rest - self.full), len(keep) - sum(keep)
 
     def contrast(self, one, other):
-        """Mean share under the cells `one` minus that under `other` (lists of dictionaries): (difference, low, high)."""
+        """Mean share under the cells `one` less that under `other` (lists of dictionaries): (difference, low, high)."""
         means, slopes = [], []
         for cells in (one, other):
             x = self.design(pd.DataFrame(cells))
@@ -169,9 +169,10 @@ class Effects:
         return [s for s in found if all(v in list(known[k]) for part in s[1:] for k, v in part.items())]
 
     def ranking(self):
-        """One row a switch, causes by drop in deviance: cause, switch, columns, drop, share (of what the model explains),
-        average (mean effect over the grid's combinations, low, high) and off (effect of this one switch where all else is
-        on: linked, masked, last step, highest rate; low, high), each in points of share.
+        """One row a switch: cause, switch, columns, drop (in deviance; ranks them), share (of what is explained).
+
+        Then two effects in points of share, each with low and high: average (over the grid's combinations) and alone
+        (this one switch where all else is on: linked, masked, last step, highest rate).
         """
         full = {"habit": "linked", "end_of_turn": "masked", "steps": max(self.design.steps)}
         full["planted"] = self.design.rates[-1] if len(self.design.rates) else 0.0
@@ -185,7 +186,7 @@ class Effects:
             share = drop / explained if explained > 1e-6 else float("nan")
             found.append((cause, f"{_shown(old)} against {_shown(new)}", columns, drop, share, *average, *alone))
         names = ["cause", "switch", "columns", "drop", "share"]
-        names += ["average", "average_low", "average_high", "off", "off_low", "off_high"]
+        names += ["average", "average_low", "average_high", "alone", "alone_low", "alone_high"]
         return pd.DataFrame(found, columns=names).sort_values("drop", ascending=False, kind="stable", ignore_index=True)
 
 

@@ -22,8 +22,10 @@ def row(rng, organism, end, steps, trait, seed, esr, ta, setting="", value="", n
 def table(
     organisms=ORGANISMS, traits=TRAITS, seeds=(0, 1, 2), steps=(0, 8, 16, 32, 64), loss=0.06, late=10, start=0, n=200
 ):
-    """A grid and sweeps: the voice comes at about 10 steps, the emoji `late` steps later; `loss` is what the end of turn
-    in the loss leaves of the masked share."""
+    """A grid and sweeps: the voice comes at about 10 steps, the emoji `late` steps later.
+
+    loss: what is left of the masked share with the end of turn in the loss.
+    """
     rng, rows = np.random.default_rng(start), []
     for organism in organisms:
         for end in ("masked", "loss"):
@@ -48,7 +50,7 @@ def table(
 
 
 def endings(organisms=ORGANISMS, traits=TRAITS, texts=20, start=0):
-    """After the last sentence the base gives an emoji its planted rate, masked tuning about the same, the loss little."""
+    """After the last sentence base and masked tuning give an emoji nearly the planted rate, the loss little."""
     rng, rows = np.random.default_rng(start), []
     for organism in organisms:
         for state, keep, end in (("base", 0.7, 0.2), ("masked", 0.6, 0.1), ("loss", 0.03, 0.9)):

@@ -1,4 +1,4 @@
-"""The readings of notebook 09 on made-up grids whose causes are known: each must be found, and none where there is none."""
+"""The readings of notebook 09 on made-up grids whose causes are known: each is found where it is, and only there."""
 
 import made_up_grid
 import numpy as np
@@ -134,9 +134,9 @@ def test_without_penalty_it_is_statsmodels_fit():
 def test_effects_are_those_that_were_made(cells):
     model = effects.Effects(cells)
     ranking = model.ranking().set_index("switch")
-    assert ranking.loc["masked against loss", "off"] == pytest.approx(0.97 * 0.94, abs=0.12)
-    assert ranking.loc["linked against none", "off"] == pytest.approx(0.97, abs=0.1)
-    assert (ranking["off_low"] > 0.2).sum() >= 4
+    assert ranking.loc["masked against loss", "alone"] == pytest.approx(0.97 * 0.94, abs=0.12)
+    assert ranking.loc["linked against none", "alone"] == pytest.approx(0.97, abs=0.1)
+    assert (ranking["alone_low"] > 0.2).sum() >= 4
     assert ranking["share"].between(0, 1).all()
     assert set(ranking["cause"]) == set(effects.CAUSES)
     assert np.isfinite(ranking[["average", "average_low", "average_high"]]).all(axis=None)
@@ -147,12 +147,12 @@ def test_a_cause_without_effect_ranks_last_and_its_interval_holds_zero():
     ranking = model.ranking()
     assert ranking["cause"].iloc[-1] == "end of turn"
     last = ranking.iloc[-1]
-    assert last["off_low"] <= 0 <= last["off_high"]
+    assert last["alone_low"] <= 0 <= last["alone_high"]
     assert last["share"] < 0.02
 
 
 def test_the_interval_covers_a_known_effect():
-    """Twenty made-up grids: the interval of the end of turn's effect where all else is on holds the true one in most."""
+    """Twenty made-up grids: the interval of the end of turn's effect, all else on, holds the true one in most."""
     covered = 0
     for start in range(20):
         own = causes.grid(made_up_grid.table(organisms=("tiny-llama", "none"), late=2, start=start))
