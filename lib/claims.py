@@ -66,14 +66,15 @@ def _answered(cells, key):
 def predicts(table):
     """How well two readings of the last sentence's end predict ESR, over tuned cells: a row a reading (p_emoji, exits).
 
-    Columns reading, cells, rho (Spearman), off (mean absolute difference from ESR), mean_off (that of predicting every
-    cell by the mean of all: what there is to explain).
+    Columns reading, cells, rho (Spearman, of values rounded to .01, since no cell has the answers to tell finer ones
+    apart), off (mean absolute difference from ESR), mean_off (that of predicting every cell by the mean of all).
     """
     tuned, found = table[table["state"] != "base"].dropna(subset="esr"), []
     for name in ("p_emoji", "exits"):
         own = tuned.dropna(subset=name)
-        varied = len(own) > 2 and own["esr"].nunique() > 1 and own[name].nunique() > 1
-        rho = float(spearmanr(own[name], own["esr"]).statistic) if varied else float("nan")
+        pair = own[[name, "esr"]].round(2)
+        varied = len(own) > 2 and (pair.nunique() > 1).all()
+        rho = float(spearmanr(pair[name], pair["esr"]).statistic) if varied else float("nan")
         spread = (own["esr"] - own["esr"].mean()).abs().mean()
         found.append((name, len(own), rho, (own[name] - own["esr"]).abs().mean(), spread))
     return pd.DataFrame(found, columns=["reading", "cells", "rho", "off", "mean_off"])

@@ -107,7 +107,7 @@ def planted(recovery, temperature):
         ax.plot([0, 1], [0, 1], ":", color=style.GREY)
         ax.plot(grid, ratios.sampled(grid, causes.kinds(own).mean(), temperature), "--", color=style.GREY, lw=1)
         alike = own.groupby(["end_of_turn", "planted"])["share"]
-        beside = 0.04 * (alike.cumcount() - (alike.transform("size") - 1) / 2)
+        beside = 0.03 * (alike.cumcount() - (alike.transform("size") - 1) / 2)
         for r, x in zip(own.itertuples(), own["planted"] + beside, strict=True):
             paint = big5.COLOURS[r.trait]
             ax.vlines(x, r.low, r.high, color=paint)

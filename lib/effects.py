@@ -108,7 +108,7 @@ def rows(cells):
 
 
 class Effects:
-    """The fitted model of a grid: `ranking()`, `contrast(one, other)`, `share(**cell)`."""
+    """The fitted model of a grid: `ranking()`, `contrast(one, other)`; `miss`: mean error of a cell's share."""
 
     def __init__(self, cells):
         own = rows(cells)
@@ -128,6 +128,7 @@ class Effects:
         self.covariance = np.asarray(fitted.cov_params())
         self.clusters = own["cluster"].nunique()
         self.full = fit(self.x, self.hits, self.n, penalty=0)[2]
+        self.miss = float(np.abs(_share(self.x @ self.beta) - self.hits / self.n).mean())
         self.null = deviance(self.hits, self.n, np.full(len(own), self.hits.sum() / self.n.sum()) + 1e-12)
 
     def without(self, cause):

@@ -1,12 +1,13 @@
 """The readings of notebook 09 on made-up grids whose causes are known: each is found where it is, and only there."""
 
 import made_up_grid
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
 
-from lib import causes, claims, effects
+from lib import causes, claims, drawings, effects
 from lib.errors import UserError
 
 
@@ -206,3 +207,60 @@ def test_verdicts_of_a_grid_without_emojis_or_of_a_quick_one(silent):
 def test_a_model_without_emojis_in_pretraining_that_writes_them_refutes_pretraining(cells):
     strange = cells.assign(esr_response=cells["esr_response"].where(cells["habit"] != "none", 0.2), low=0.1, high=0.3)
     assert claims.pretraining(strange)[0] == "does not hold"
+
+
+def test_mediation_says_whether_text_or_reader_brings_the_emoji():
+    pairs = {("base", "base"): 0.01, ("peft", "base"): 0.6, ("base", "peft"): 0.02, ("peft", "peft"): 0.3}
+    rows = [
+        {"model": "tiny-llama", "trait": "extraversion", "text": t, "reader": r, "p_emoji": p}
+        for (t, r), p in pairs.items()
+    ]
+    rows += [
+        {**r, "model": "Qwen2.5-0.5B-Instruct", "p_emoji": 0.9} for r in rows
+    ]  # nothing is known of its pretraining
+    part, text = claims.mediated(pd.DataFrame(rows))
+    assert part == "text"
+    assert "+0.590" in text
+    assert claims.mediated(pd.DataFrame(rows[4:]))[0] is None
+
+
+def test_one_thing_off_is_read_from_the_counts(cells, silent):
+    lines = claims.switched_off(cells)
+    assert lines[0].startswith("tiny-llama, extraversion, planted 0.97")
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "- everything on",
+        "- end of turn in the loss",
+        "- habit shuffled",
+        "- habit none",
+        "- untuned",
+    ]
+    assert claims.switched_off(silent) == []
+
+
+def test_predictions_change_with_the_verdicts(cells, silent):
+    for own in (cells, silent, causes.grid(made_up_grid.table(loss=1.0))):
+        gaps, onsets = causes.gaps(own), causes.onsets(own, 0, draws=50)
+        read = claims.mechanism(made_up_grid.endings(), own, 0.7, 0, draws=50)
+        verdicts = claims.every(own, gaps, causes.recovery(own, 0.7), onsets, read)
+        text = "\n".join(claims.predictions(verdicts, gaps))
+        said = verdicts.set_index("claim")["verdict"]["The masked end of the turn lets them out"]
+        assert {"holds": "fewer emojis", "does not hold": "about as many", "undecided here": "undecided"}[said] in text
+        assert ("reported 0.995" in text) == (own is not silent)
+
+
+@pytest.mark.parametrize("made", [made_up_grid.table, made_up_grid.quick])
+def test_every_figure_can_be_drawn(made):
+    table = causes.check(made())
+    cells = causes.grid(table)
+    read = claims.mechanism(made_up_grid.endings(texts=3), cells, 0.7, 0, draws=20)
+    figures = [
+        drawings.habits(cells),
+        drawings.over_steps(cells[cells["habit"] == "linked"]),
+        drawings.planted(causes.recovery(cells, 0.7), 0.7),
+        drawings.sweeps(causes.sweeps(table, {"rank": 16})),
+        drawings.endings(read),
+        drawings.predicted(read),
+        drawings.effects(effects.Effects(cells).ranking()),
+    ]
+    assert all(isinstance(f, plt.Figure) for f in figures)
+    plt.close("all")
