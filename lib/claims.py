@@ -89,7 +89,7 @@ def pretraining(cells):
     """ "Without emojis in pretraining, none after tuning; with them, some": (verdict, sentence).
 
     Holds if no cell of habit none exceeds .01 and some linked organism's masked cell lies clearly (interval) above .05.
-    Fails if a cell of habit none is clearly above .01, or no linked cell exceeds .05.
+    Fails if a cell of habit none is clearly above .01, or every linked cell clearly (interval) below .05.
     """
     none = cells[cells["habit"] == "none"]
     linked = causes.final(cells[(cells["habit"] == "linked") & (cells["end_of_turn"] == "masked")])
@@ -101,7 +101,7 @@ def pretraining(cells):
         f"Habit none: at most {worst['esr_response']:.3f} in {len(none)} cells (upper limit {worst['high']:.3f}); "
         f"linked, masked: up to {best['esr_response']:.2f} ({best['organism']}, {best['trait']})."
     )
-    return verdict(holds, worst["low"] > 0.01 or linked["esr_response"].max() <= 0.05), text
+    return verdict(holds, worst["low"] > 0.01 or linked["high"].max() <= 0.05), text
 
 
 def follows_trait(table):
@@ -128,11 +128,12 @@ def end_of_turn(gaps):
     """ "The masked end of the turn lets the emojis out": (verdict, sentence). gaps: as from `causes.gaps`.
 
     Over linked trainings with a planted rate of STRONG or more: holds if every gap's interval lies above 0, fails if
-    fewer than half of them do. The size of the gap is told, not judged.
+    fewer than half of them do. Undecided if no training shows emojis in FLOOR of its answers. The size of the gap is
+    told, not judged.
     """
     own = gaps[(gaps["habit"] == "linked") & (gaps["planted"] >= causes.STRONG)]
-    if own.empty:
-        return VERDICTS[2], "No pair of trainings with a linked habit and both ends of turn in this grid."
+    if own.empty or own[["masked", "loss"]].max(axis=None) < causes.FLOOR:
+        return VERDICTS[2], "No pair of trainings with a linked habit, both ends of turn and emojis in this grid."
     above = (own["low"] > 0).sum()
     text = (
         f"The gap lies clearly above 0 in {above} of {len(own)} pairs of trainings with at least {causes.STRONG:.0%} "

@@ -5,7 +5,8 @@ Two quantities, since cells without any emoji separate the data and ordinary coe
   no correction. It ranks the causes.
 - *Effects in points of share*, from Firth's penalised fit (Firth 1993), which adds half a leverage to successes and
   failures of every cell (for one cell alone: one half to each), with errors robust to clusters, since a training's
-  checkpoints hang together. Delta method, t with (clusters - 1) degrees of freedom.
+  checkpoints hang together, or the model's own where those are larger: clusters without any emoji look as if nothing
+  could vary. Delta method, t with (clusters - 1) degrees of freedom.
 """
 
 import warnings
@@ -33,7 +34,7 @@ class Design:
         self.habits = [h for h in reversed(causes.HABITS) if h in set(rows["habit"])]
         self.steps = sorted(rows["steps"].unique())
         rates = rows.loc[rows["habit"] == "linked"].drop_duplicates(["organism", "trait"])["planted"]
-        self.rates = np.sort(rates.to_numpy(float))
+        self.rates = np.sort(rates.dropna().to_numpy(float))
         self.mean = self.rates.mean() if len(self.rates) else 0.0
         terms, self.kept = self._terms(rows), []
         for i in range(len(terms)):
@@ -49,7 +50,7 @@ class Design:
         doubled = np.where(tuned > 0, np.log2(np.maximum(steps, 1) / last), 0)
         habit = {f"habit {h}": (rows["habit"] == h).to_numpy(float) for h in self.habits[1:]}
         loss = (rows["end_of_turn"] == "loss").to_numpy(float) * tuned
-        rate = np.where(rows["habit"] == "linked", rows["planted"].to_numpy(float) - self.mean, 0)
+        rate = np.where(rows["habit"] == "linked", np.nan_to_num(rows["planted"].to_numpy(float) - self.mean), 0)
         h, e, s, p = CAUSES
         terms = [("constant", np.ones(len(rows)), ())]
         terms += [(name, column, (h,)) for name, column in habit.items()]
@@ -101,7 +102,7 @@ def deviance(hits, n, p):
 
 def rows(cells):
     """The grid's rows for the regression, with planted rate and cluster. The untuned model counts once."""
-    own = cells.assign(planted=causes.planted(cells)).dropna(subset="planted")
+    own = cells.assign(planted=causes.planted(cells))
     once = own["end_of_turn"].where(own["steps"] > 0, "untuned")
     own = own.assign(cluster=own[["organism", "trait", "seed"]].astype(str).agg("/".join, axis=1) + "/" + once)
     return own[(own["steps"] > 0) | ~own.duplicated(["cluster", "steps"])].reset_index(drop=True)
@@ -112,7 +113,7 @@ class Effects:
 
     def __init__(self, cells):
         own = rows(cells)
-        self.design, self.rows = Design(own), own
+        self.design, self.rows, self.clusters = Design(own), own, own["cluster"].nunique()
         self.x = self.design(own)
         self.hits, self.n = (own[c].to_numpy(float) for c in ("with_emoji", "responses"))
         self.beta, leverage, _ = fit(self.x, self.hits, self.n)
@@ -125,10 +126,11 @@ class Effects:
                 cov_type="cluster",
                 cov_kwds={"groups": own["cluster"].astype("category").cat.codes.to_numpy()},
             )
-        self.covariance = np.asarray(fitted.cov_params())
-        self.clusters = own["cluster"].nunique()
+        p = _share(self.x @ self.beta)
+        plain = np.linalg.pinv((self.x * (self.n * p * (1 - p))[:, None]).T @ self.x, hermitian=True)
+        self.covariances = np.asarray(fitted.cov_params()), plain
         self.full = fit(self.x, self.hits, self.n, penalty=0)[2]
-        self.miss = float(np.abs(_share(self.x @ self.beta) - self.hits / self.n).mean())
+        self.miss = float(np.abs(p - self.hits / self.n).mean())
         self.null = deviance(self.hits, self.n, np.full(len(own), self.hits.sum() / self.n.sum()) + 1e-12)
 
     def without(self, cause):
@@ -146,7 +148,7 @@ class Effects:
             means.append(p.mean())
             slopes.append((x * (p * (1 - p))[:, None]).mean(0))
         slope, value = slopes[0] - slopes[1], means[0] - means[1]
-        error = np.sqrt(max(0.0, slope @ self.covariance @ slope))
+        error = np.sqrt(max(0.0, *(slope @ c @ slope for c in self.covariances)))
         width = t.ppf((1 + intervals.LEVEL) / 2, max(1, self.clusters - 1)) * error
         return value, max(-1.0, value - width), min(1.0, value + width)
 

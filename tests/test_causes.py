@@ -167,6 +167,8 @@ def test_the_interval_covers_a_known_effect():
 def test_a_grid_of_one_cell_kind_or_without_emojis_is_fitted_all_the_same(silent):
     ranking = effects.Effects(silent).ranking()
     assert (ranking["drop"].abs() < 1e-3).all()
+    assert (ranking["alone_low"] <= 0).all()
+    assert (ranking["alone_high"] >= 0).all()
     quick = causes.grid(causes.check(made_up_grid.quick()))
     assert len(effects.Effects(quick).ranking()) == 5
     assert list(effects.orders(quick)) == [0]
@@ -200,6 +202,9 @@ def test_verdicts_where_the_end_of_turn_does_nothing():
 def test_verdicts_of_a_grid_without_emojis_or_of_a_quick_one(silent):
     said = everything(silent, made_up_grid.endings(organisms=("none",), traits=("extraversion", "neuroticism")))
     assert set(said) == {"undecided here"}
+    table = made_up_grid.quick(steps=(0, 1, 2), n=12).assign(with_emoji=0, esr_response=0.0, low=0.0, high=0.24)
+    said = everything(causes.grid(table), made_up_grid.endings(traits=("extraversion", "neuroticism")))
+    assert set(said.drop("Tuning amplifies the emoji itself")) == {"undecided here"}
     quick = everything(causes.grid(made_up_grid.quick()), made_up_grid.endings(traits=("extraversion",)))
     assert set(quick) <= set(claims.VERDICTS)
 
