@@ -163,7 +163,7 @@ def sweeps(table, default):
     """The sweeps, pooled over seeds, with the grid's own point in each: setting, value, trait, end_of_turn, share ...
 
     default: {setting: value of the grid's own trainings}; a sweep that holds that value already keeps its own row.
-    `place` is the value's position on the axis (numbers by size, then words), `default` whether it is the grid's.
+    One with a single value is left out. `place` is the value's position on the axis (numbers by size, then words), `default` whether it is the grid's.
     """
     swept, found = table[table["setting"] != ""], []
     for setting, rows in swept.groupby("setting", sort=False):
@@ -172,6 +172,8 @@ def sweeps(table, default):
             same = rows[["organism", "end_of_turn", "trait", "seed"]].drop_duplicates()
             rows = pd.concat([rows, final(grid(table)).merge(same).assign(setting=setting, value=own)])
         order = sorted(rows["value"].unique(), key=_number)
+        if len(order) < 2:
+            continue
         part = pooled(rows, ["setting", "value", "organism", "end_of_turn", "trait"])
         voice = pooled(rows, ["setting", "value", "organism", "end_of_turn", "trait"], "found")["share"]
         part = part.assign(ta=voice, place=part["value"].map(order.index))
