@@ -162,8 +162,9 @@ def recovery(cells, temperature):
 def sweeps(table, default):
     """The sweeps, pooled over seeds, with the grid's own point in each: setting, value, trait, end_of_turn, share ...
 
-    default: {setting: value of the grid's own trainings}; a sweep that holds that value already keeps its own row.
-    One with a single value is left out. `place` is the value's position on the axis (numbers by size, then words), `default` whether it is the grid's.
+    default: {setting: value of the grid's own trainings}; a sweep that holds that value already keeps its own row, and
+    one with a single value is left out. `place` is the value's position on the axis (numbers by size, then words),
+    `default` whether it is the grid's.
     """
     swept, found = table[table["setting"] != ""], []
     for setting, rows in swept.groupby("setting", sort=False):

@@ -32,9 +32,9 @@ def exits(p_emoji, p_end, kinds, temperature):
 def mechanism(endings, cells, temperature, seed, draws=1000):
     """One row an organism, state and trait: means of the three probabilities and of `exits`, beside what was answered.
 
-    endings: a row a text (and seed, averaged here), columns ENDINGS. Columns p_emoji, p_emoji_low, p_emoji_high (bootstrap
-    over texts), the same of p_end, p_sentence and exits; texts; esr, esr_low, esr_high, ta: of the untuned model (base), or of the last
-    checkpoint with that end of turn, over all seeds; NaN where the grid has no such cell.
+    endings: a row a text (and seed, averaged here), columns ENDINGS. Columns p_emoji, p_emoji_low, p_emoji_high
+    (bootstrap over texts), the same of p_end, p_sentence and exits; texts; esr, esr_low, esr_high, ta: of the untuned
+    model (base), or of the last checkpoint with that end of turn, over all seeds; NaN where the grid has no such cell.
     """
     endings = endings.assign(exits=exits(endings["p_emoji"], endings["p_end"], causes.kinds(endings), temperature))
     endings = endings.groupby(list(ENDINGS[:5]), sort=False)[[*PLACES, "exits"]].mean().reset_index()

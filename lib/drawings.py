@@ -9,7 +9,7 @@ import numpy as np
 from lib import big5, causes, claims, ratios, style
 
 VOICE = "#555555"  # the trait's share, beside the emoji's in the trait's colour
-EXITS = ("#4D4D4D", "#BDBDBD", "#F2F2F2")  # end of the turn, another sentence, anything else
+EXITS = ("#4D4D4D", "#CFCFCF")  # end of the turn, anything else
 UNITS = {
     "sentences": "sentences per training answer",
     "rank": "rank of the adapter",
@@ -172,10 +172,10 @@ def endings(readings):
             _ways(ax, own, big5.COLOURS[trait])
             ax.set_title(trait if line is axes[0] else "")
         line[0].set_ylabel(organism)
-    labels = ["an emoji (in the trait's colour)", "end of the turn", "another sentence", "anything else"]
+    labels = ["an emoji (in the trait's colour)", "end of the turn", "anything else (another sentence)"]
     paints = (big5.COLOURS[traits[0]], *EXITS)
     shapes = [plt.Rectangle((0, 0), 1, 1, fc=p, ec="#BBBBBB", lw=0.5) for p in paints]
-    fig.legend(shapes, labels, loc="outside upper center", ncols=4 if len(traits) > 2 else 2)
+    fig.legend(shapes, labels, loc="outside upper center", ncols=3 if len(traits) > 2 else 1)
     fig.supxlabel("probability after the last sentence of a reference answer", fontsize=10)
     return fig
 
@@ -183,8 +183,7 @@ def endings(readings):
 def _ways(ax, own, colour):
     for r in own.itertuples():
         y, left = claims.STATES.index(r.state), 0.0
-        rest = max(0.0, 1 - r.p_emoji - r.p_end - r.p_sentence)
-        for width, paint in zip((r.p_emoji, r.p_end, r.p_sentence, rest), (colour, *EXITS), strict=True):
+        for width, paint in zip((r.p_emoji, r.p_end, r.p_sentence), (colour, *EXITS), strict=True):
             ax.barh(y, width, left=left, color=paint, height=0.72, lw=0)
             left += width
         ax.hlines(y, r.p_emoji_low, r.p_emoji_high, color="black", lw=1.6)
