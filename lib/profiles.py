@@ -173,6 +173,27 @@ class Alignment(Section):
     draws: Annotated[int, Field(ge=100)]
 
 
+class Origins(Section):
+    grid: Literal["quick", "full"]
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    topics: Annotated[int, Field(ge=2)]
+    processes: Annotated[int, Field(ge=0)]
+
+
+class Grid(Section):
+    traits: Names
+    seeds: Count
+    points: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    sweep_traits: Names
+    sentences: list[Annotated[int, Field(ge=0)]]
+    rank: list[Count]
+    learning_rate: list[Annotated[float, Field(gt=0)]]
+    precision: list[Literal["fp32", "bf16", "nf4", "nf4-double"]]
+    steps: list[Count]
+    scale: list[Annotated[float, Field(ge=0)]]
+    max_new_tokens: list[Count]
+
+
 class Settings(Section):
     about: str
     minutes: dict[str, float]
@@ -187,6 +208,9 @@ class Settings(Section):
     sensitivity: Sensitivity
     judge: Judge
     alignment: Alignment
+    origins: Origins
+    grid_quick: Grid
+    grid_full: Grid
     # set by `load`, not by the file
     profile: str
     seed: Annotated[int, Field(ge=0)]
@@ -246,7 +270,9 @@ def _place(values, root):
     for key in {"train", "test"} & values.keys():
         if isinstance(values[key], str):
             placed[key] = str(root / Path(values[key]).expanduser())
-    if names := placed.get("models"):
+    if isinstance(names := placed.get("models"), dict):
+        placed["models"] = {k: model(m) if isinstance(m, str) else m for k, m in names.items()}
+    elif names:
         names = [names] if isinstance(names, str) else names
         placed["models"] = [model(m) if isinstance(m, str) else m for m in names]
     if isinstance(placed.get("model"), str):
@@ -254,7 +280,7 @@ def _place(values, root):
     return placed
 
 
-PLACED = ("opinions", "chat", "judge")  # sections that name files or folders
+PLACED = ("opinions", "chat", "judge", "origins")  # sections that name files or folders
 
 
 def load(profile="tiny", seed=0, overrides=None, cwd=None):
