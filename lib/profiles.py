@@ -184,7 +184,9 @@ class Grid(Section):
     traits: Names
     seeds: Count
     points: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    control_traits: Names
     sweep_traits: Names
+    sweep_seeds: Count
     sentences: list[Annotated[int, Field(ge=0)]]
     rank: list[Count]
     learning_rate: list[Annotated[float, Field(gt=0)]]

@@ -59,12 +59,17 @@ def check(settings, frame):
         raise UserError(
             f"{name}.points = {g.points}: optimiser steps must rise from 0, the untuned model; correct them"
         )
+    if strange := [t for t in g.sweep_traits if t not in g.traits]:
+        raise UserError(
+            f"{name}.sweep_traits: {strange[0]!r} is not among {name}.traits, around which it is swept; add it"
+        )
     if g.points[-1] > last:
         raise UserError(f"{name}.points = {g.points}: a training has qlora.steps = {last}; lower the last point")
-    if missing := [t for t in {*g.traits, *g.sweep_traits} if t not in set(frame["trait"])]:
+    every = [*g.traits, *g.control_traits, *g.sweep_traits]
+    if missing := [t for t in every if t not in set(frame["trait"])]:
         known = ", ".join(big5.ordered(frame["trait"]))
         raise UserError(f"{name}: trait {missing[0]!r} is not in the opinions; choose from {known}")
-    qlora.check_rows(settings, frame[frame["trait"].isin([*g.traits, *g.sweep_traits])])
+    qlora.check_rows(settings, frame[frame["trait"].isin(every)])
     for habit, model in settings.origins.models.items():
         folder = hub.check(model)[0]
         sizes = qlora.linear_layers(folder)
@@ -84,11 +89,14 @@ def default(settings):
 
 
 def cells(settings):
-    """All cells of the grid and its sweeps, one seed after the other."""
+    """All cells of the grid, one seed after the other, and of its sweeps."""
     g, found = grid(settings), []
     for seed in range(settings.seed, settings.seed + g.seeds):
         for habit in settings.origins.models:
-            found += [Cell(habit, e, t, seed) for e in ("", "masked", "loss") for t in g.traits]
+            traits = g.traits if habit == linked(settings) else g.control_traits
+            found += [Cell(habit, e, t, seed) for e in ("", "masked", "loss") for t in traits]
+        if seed >= settings.seed + g.sweep_seeds:
+            continue
         found += [
             Cell(linked(settings), default(settings), t, seed, setting, value)
             for setting in TRAINED
@@ -167,10 +175,11 @@ def folder(settings, cell):
 
 def swept_answers(settings, cell):
     """[(setting, value)] of the sweeps that ask this cell's own adapter again."""
+    g = grid(settings)
     centre = cell.habit == linked(settings) and cell.end_of_turn == default(settings) and not cell.setting
-    if not centre or cell.trait not in grid(settings).sweep_traits:
+    if not centre or cell.trait not in g(settings).sweep_traits or cell.seed >= settings.seed + g.sweep_seeds:
         return []
-    return [(s, v) for s in ANSWERED for v in getattr(grid(settings), s) if v != own_value(settings, s)]
+    return [(s, v) for s in ANSWERED for v in getattr(g, s) if v != own_value(settings, s)]
 
 
 def run(settings, show=True):
