@@ -173,11 +173,14 @@ class Alignment(Section):
     draws: Annotated[int, Field(ge=100)]
 
 
+class Machine(Section):
+    processes: Annotated[int, Field(ge=0)]
+
+
 class Origins(Section):
     grid: Literal["quick", "full"]
     models: Annotated[dict[str, str], Field(min_length=1)]
     topics: Annotated[int, Field(ge=2)]
-    processes: Annotated[int, Field(ge=0)]
 
 
 class Grid(Section):
@@ -199,6 +202,7 @@ class Grid(Section):
 class Settings(Section):
     about: str
     minutes: dict[str, float]
+    machine: Machine
     opinions: Opinions
     dataset: Dataset
     classifier: Classifier

@@ -5,14 +5,12 @@ over processes; an interrupted grid goes on where it was and loses at most the c
 """
 
 import json
-import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from lib import artifacts, big5, chat, classifier, emojis, fanout, hub, opinions, paths, qlora
 from lib.errors import UserError
@@ -183,23 +181,14 @@ def swept_answers(settings, cell):
 
 
 def run(settings, show=True):
-    """Train and ask whatever cells are missing, in `origins.processes` processes. Raises UserError."""
+    """Train and ask whatever cells are missing, in `machine.processes` processes. Raises UserError."""
     frame = opinions.read(settings)
     check(settings, frame)
     classifier.trained("encoder", settings, settings.seed)
     todo = [(settings, cell) for cell in cells(settings) if not artifacts.intact(folder(settings, cell))]
     for _, cell in todo:
         tuning_rows(cell, frame[frame["split"] == "train"])
-    fanout.run(_job, todo, workers=workers(settings), show=show)
-
-
-def workers(settings):
-    """Processes at a time: the profile's number, or for 0 one a core, and one where there is a GPU."""
-    return settings.origins.processes or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-
-
-def _job(job):
-    return build(*job)
+    fanout.each(settings, build, todo, show=show)
 
 
 def build(settings, cell):
