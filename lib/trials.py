@@ -175,7 +175,7 @@ def swept_answers(settings, cell):
     """[(setting, value)] of the sweeps that ask this cell's own adapter again."""
     g = grid(settings)
     centre = cell.habit == linked(settings) and cell.end_of_turn == default(settings) and not cell.setting
-    if not centre or cell.trait not in g(settings).sweep_traits or cell.seed >= settings.seed + g.sweep_seeds:
+    if not centre or cell.trait not in g.sweep_traits or cell.seed >= settings.seed + g.sweep_seeds:
         return []
     return [(s, v) for s in ANSWERED for v in getattr(g, s) if v != own_value(settings, s)]
 
