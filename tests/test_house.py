@@ -19,7 +19,8 @@ ROWS = [
     ["tfidf", "finetune", "classifier", "chat", "organisms"],
     ["qlora", "ike", "mend"],
     ["likelihood"],
-    ["wordclouds", "explain", "ratios", "judge", "alignment"],
+    ["neurons"],
+    ["wordclouds", "explain", "ratios", "judge", "alignment", "mediation", "interventions"],
     ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))

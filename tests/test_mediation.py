@@ -3,11 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+import small_models
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-import small_models
 from lib import chat, emojis, mediation
 from lib.errors import UserError
 
