@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lib import paths
+from lib import big5, paths
 from lib.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -199,6 +199,25 @@ class Grid(Section):
     max_new_tokens: list[Count]
 
 
+class Mediation(Section):
+    topics: Annotated[int, Field(ge=0)]
+    batch_tokens: Annotated[int, Field(ge=64)]
+    draws: Annotated[int, Field(ge=100)]
+
+
+class Interventions(Section):
+    traits: Annotated[list[Literal[big5.NAMES]], BeforeValidator(_listed)]
+    sites: Annotated[list[Literal["mlp", "hidden"]], BeforeValidator(_listed), Field(min_length=1)]
+    ks: Annotated[list[Count], Field(min_length=1)]
+    train_topics: Count
+    topics: Count
+    random_draws: Annotated[int, Field(ge=2)]
+    random_topics: Count
+    batch_size: Count
+    batch_tokens: Annotated[int, Field(ge=64)]
+    draws: Annotated[int, Field(ge=100)]
+
+
 class Settings(Section):
     about: str
     minutes: dict[str, float]
@@ -217,6 +236,8 @@ class Settings(Section):
     origins: Origins
     grid_quick: Grid
     grid_full: Grid
+    mediation: Mediation
+    interventions: Interventions
     # set by `load`, not by the file
     profile: str
     seed: Annotated[int, Field(ge=0)]
