@@ -7,11 +7,16 @@ layer's output, before any final norm. Layers are numbered from 0, first to last
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
+import pandas as pd
+import regex
 
-from lib import chat
+from lib import artifacts, big5, chat, emojis, hub, ike, qlora
 from lib.errors import UserError
 
 sites = ("mlp", "hidden")
+FILE = "neurons.toml"  # of data/prompts
+EACH = 2  # emojis a trait in it
+ANY = "any"  # stands for all emojis together
 
 
 def layers(speaker):
@@ -92,3 +97,124 @@ def _numbers(speaker, site, given):
     for number in numbers:
         check(speaker, site, number)
     return numbers
+
+
+def prompts():
+    """The 17 prompts of data/prompts/neurons.toml: DataFrame prompt (its name), kind, trait, emoji, text.
+
+    kind: neutral, emoji (the neutral sentence with one behind it), text (a trait's voice), question. trait and emoji
+    are empty where there is none. Raises UserError naming file and key.
+    """
+    told = ike.prompts(FILE)
+    if unknown := set(told) ^ {"neutral", "question", "emojis", "texts"}:
+        key = min(unknown)
+        _refuse(key, "is missing; add it" if key not in told else "no such key; remove or correct it")
+    neutral, question = (_plain(told[key], key) for key in ("neutral", "question"))
+    rows = [("neutral", "neutral", "", "", neutral)]
+    for trait, given in _by_trait(told, "emojis"):
+        for one in _emojis(given, f"emojis.{trait}"):
+            rows.append((f"neutral {one}", "emoji", trait, one, f"{neutral} {one}"))
+    rows += [(f"text, {t}", "text", t, "", _plain(text, f"texts.{t}")) for t, text in _by_trait(told, "texts")]
+    rows.append(("question", "question", "", "", question))
+    found = pd.DataFrame(rows, columns=["prompt", "kind", "trait", "emoji", "text"])
+    if found["text"].duplicated().any():
+        _refuse("prompts", f"{found.loc[found['text'].duplicated(), 'text'].iloc[0]!r} stands twice; change one")
+    return found
+
+
+def _refuse(key, what):
+    raise UserError(f"data/prompts/{FILE}, {key}: {what}")
+
+
+def _plain(text, key):
+    if not isinstance(text, str) or not text.strip():
+        _refuse(key, "is no text; write one sentence in quotes")
+    if held := emojis.find(text):
+        _refuse(key, f"holds the emoji {held[0]}, where none may be; remove it")
+    return text.strip()
+
+
+def _by_trait(told, key):
+    """Pairs (trait, what stands there) of a section, in the order O C E A N."""
+    part = told[key] if isinstance(told[key], dict) else {}
+    if unknown := [t for t in part if t not in big5.NAMES]:
+        _refuse(f"{key}.{unknown[0]}", f"unknown trait; use {', '.join(big5.NAMES)}")
+    if missing := [t for t in big5.NAMES if t not in part]:
+        _refuse(f"{key}.{missing[0]}", "is missing; every trait has an entry")
+    return [(t, part[t]) for t in big5.NAMES]
+
+
+def _emojis(given, key):
+    if not isinstance(given, list) or len(given) != EACH:
+        count = len(given) if isinstance(given, list) else 0
+        _refuse(key, f"has {count} entries where a list of {EACH} is needed; correct it")
+    for one in given:
+        if not isinstance(one, str) or emojis.find(one) != [one]:
+            _refuse(key, f"{one!r} is not one emoji; correct it")
+    return given
+
+
+def emoji_probabilities(speaker, texts, kinds=(), batch_size=32):
+    """Probability that the next token begins an emoji: DataFrame (texts, [ANY, *kinds]). Raises UserError.
+
+    texts: as `chat.prompts` gives them. ANY: summed over all emoji tokens, as `chat.emoji_mass` defines them. kinds:
+    emojis; those that a token holds whole have a column of their own, summed over such tokens, the others NaN.
+    """
+    check_emojis(speaker)
+    p = chat.token_probabilities(speaker, texts, batch_size)
+    written = {i: speaker.tokenizer.decode([i]).strip() for i in speaker.emoji_tokens if i < p.shape[1]}
+    whole = {i: emojis.toneless(regex.match(r"\X", text).group()) for i, text in written.items() if text}
+    found = {ANY: chat.emoji_mass(speaker, p)}
+    for one in kinds:
+        ids = [i for i, held in whole.items() if held == emojis.toneless(one)]
+        found[one] = p[:, ids].sum(1) if ids else np.full(len(p), np.nan)
+    return pd.DataFrame(found)
+
+
+def check_emojis(speaker):
+    """Refuse a tokenizer in which no token begins an emoji. Raises UserError."""
+    if not speaker.emoji_tokens:
+        raise UserError(
+            f"model {speaker.name}: no token of its tokenizer begins an emoji, so it can write none; "
+            "choose a model whose tokenizer knows emojis or bytes"
+        )
+
+
+def deepest(speaker, number):
+    """Numbers of the `number` deepest layers, deepest first; 0 means all."""
+    depth = len(layers(speaker))
+    if number > depth:
+        raise UserError(
+            f"neurons.layers = {number}: {speaker.name} has {depth} layers; give at most that, or 0 for all"
+        )
+    return list(range(depth))[::-1][: number or depth]
+
+
+def read(speaker, given, number, kinds=()):
+    """What a `Chat` shows before the prompts: {"mlp": {layer: (prompts, units)}, "hidden": ..., "emoji": DataFrame}.
+
+    given: as from `prompts`. number: of layers, as in `deepest`. kinds: as in `emoji_probabilities`.
+    """
+    texts = chat.prompts(speaker, given["text"])
+    wanted = deepest(speaker, number)
+    found = {site: activations(speaker, texts, site, wanted) for site in sites}
+    return found | {"emoji": emoji_probabilities(speaker, texts, kinds)}
+
+
+def before_and_after(settings, model, train, given, show=True):
+    """`read` of a model without an adapter and with each trait's: {"base": ..., trait: ...}. Raises UserError.
+
+    train: train opinions, by which the adapters of notebook 03 are found; all are looked for before the model is loaded.
+    """
+    from tqdm.auto import tqdm
+
+    traits = big5.ordered(train["trait"])
+    places = {t: qlora.folder(settings, model, t, train[train["trait"] == t]) for t in traits}
+    for place in places.values():
+        artifacts.require(place, "03_qlora", settings.profile)
+        hub.check_adapter(str(place), model)
+    plain, kinds, found = chat.load(model, settings.chat.precision), given.loc[given["emoji"] != "", "emoji"], {}
+    for trait, place in tqdm({"base": None, **places}.items(), desc=hub.label(model), unit="reading", disable=not show):
+        with chat.adapted(plain, place and str(place)) as speaker:
+            found[trait] = read(speaker, given, settings.neurons.layers, kinds)
+    return found

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lib import paths
+from lib import big5, paths
 from lib.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -173,6 +173,23 @@ class Alignment(Section):
     draws: Annotated[int, Field(ge=100)]
 
 
+class Neurons(Section):
+    layers: Annotated[int, Field(ge=0)]
+    top: Count
+    shown: Annotated[int, Field(ge=1, le=40)]
+    overlap: Count
+    always_on: Annotated[float, Field(gt=0)]
+
+
+class Tracking(Section):
+    traits: Annotated[list[Literal[big5.NAMES]], BeforeValidator(_listed), Field(min_length=1)]
+    points: Annotated[int, Field(ge=2)]
+    scales: list[Annotated[float, Field(gt=0, lt=1)]]
+    topics: Count
+    lags: Annotated[int, Field(ge=0)]
+    shuffles: Annotated[int, Field(ge=10)]
+
+
 class Settings(Section):
     about: str
     minutes: dict[str, float]
@@ -187,6 +204,8 @@ class Settings(Section):
     sensitivity: Sensitivity
     judge: Judge
     alignment: Alignment
+    neurons: Neurons
+    tracking: Tracking
     # set by `load`, not by the file
     profile: str
     seed: Annotated[int, Field(ge=0)]

@@ -1,0 +1,148 @@
+"""Statistics over the units of a model: which changed, beyond chance, and whether two ways of finding them agree."""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+EXACT = 20  # pairs up to which every assignment of signs is tried
+DRAWS = 2**16  # random assignments, where there are more pairs
+BLOCK = 2**23  # sums held at once: 32 MB
+
+
+def flips(pairs, seed=0):
+    """Assignments of signs to `pairs` differences: int8 array (assignments, pairs), the first sign always +.
+
+    A two-sided test needs no mirror images. Every assignment where pairs <= EXACT, or else DRAWS random ones.
+    """
+    if pairs <= EXACT:
+        numbers = np.arange(2 ** (pairs - 1))
+        return (1 - 2 * ((numbers[:, None] >> np.arange(pairs)[::-1]) & 1)).astype(np.int8)
+    signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.int8), (DRAWS, pairs))
+    return np.vstack([np.ones((1, pairs), np.int8), signs * signs[:, :1]])  # what was observed is one of them
+
+
+def resolution(pairs):
+    """The smallest p-value that `sign_flip` can give."""
+    return 1 / (2 ** (pairs - 1) if pairs <= EXACT else DRAWS + 1)
+
+
+def sign_flip(changes, seed=0):
+    """Two-sided permutation p-value of every unit's mean change (Fisher 1935): array (units,).
+
+    changes: (pairs, units), after minus before. If a unit's change had no direction, each pair's sign could as well
+    be the other one; p is the share of the assignments of signs whose mean is at least as far from 0.
+    """
+    changes = np.asarray(changes, np.float32)
+    signs = flips(len(changes), seed).astype(np.float32)
+    bound = np.abs(changes.sum(0)) - 1e-5 * np.abs(changes).sum(0)  # sums in fp32 differ by their order
+    found = np.empty(changes.shape[1])
+    step = max(1, BLOCK // len(signs))
+    for low in range(0, len(found), step):
+        part = slice(low, low + step)
+        found[part] = (np.abs(signs @ changes[:, part]) >= bound[part]).mean(0)
+    return found
+
+
+def adjusted(p):
+    """p-values adjusted for their number (Benjamini & Hochberg 1995): the false discovery rate if cut there."""
+    p = np.asarray(p, float)
+    return multipletests(p, method="fdr_bh")[1] if len(p) else p
+
+
+def compare(before, after, seed=0):
+    """One row a unit of all layers: columns layer, neuron, before, after, change (means), p, p_adjusted.
+
+    before, after: {layer: (prompts, units)} of the same prompts, as `neurons.activations` gives them. Adjusted over
+    all units of all these layers.
+    """
+    parts = []
+    for layer, first in before.items():
+        second = after[layer]
+        means = {"before": first.mean(0), "after": second.mean(0), "change": (second - first).mean(0)}
+        parts.append(pd.DataFrame({"layer": layer, "neuron": np.arange(first.shape[1]), **means}))
+        parts[-1]["p"] = sign_flip(second - first, seed)
+    found = pd.concat(parts, ignore_index=True)
+    return found.assign(p_adjusted=adjusted(found["p"]))
+
+
+def always_on(values):
+    """How far a unit stands out on neutral prompts: {layer: z of its mean absolute activation among the layer's}.
+
+    values: {layer: (neutral prompts, units)}. Dimensions that are large whatever the prompt (massive activations, Sun
+    et al. 2024) reach very high z and would top every list of changes.
+    """
+    found = {}
+    for layer, part in values.items():
+        size = np.abs(part).mean(0)
+        found[layer] = (size - size.mean()) / max(size.std(), 1e-12)
+    return found
+
+
+def top(values, number):
+    """Numbers of the `number` units with the largest absolute value, the largest first; NaN never counts."""
+    size = np.nan_to_num(np.abs(np.asarray(values, float)), nan=-1.0)
+    order = np.argsort(-size, kind="stable")[:number]
+    return order[size[order] >= 0]
+
+
+def jaccard(one, other):
+    """Units in both over units in either (Jaccard 1901); NaN for two empty sets."""
+    one, other = set(one), set(other)
+    return len(one & other) / len(one | other) if one | other else float("nan")
+
+
+def expected_jaccard(one, other, total):
+    """What `jaccard` gives on average for sets of these sizes drawn at random from `total` units."""
+    shared = np.arange(max(0, one + other - total), min(one, other) + 1)
+    chance = stats.hypergeom.pmf(shared, total, one, other)
+    return float((chance * shared / np.maximum(one + other - shared, 1)).sum())
+
+
+def shared(one, other, total):
+    """Do two selections overlap more than chance? (units in both, expected, one-sided hypergeometric p)."""
+    one, other = set(one), set(other)
+    both = len(one & other)
+    return both, len(one) * len(other) / total, float(stats.hypergeom.sf(both - 1, total, len(one), len(other)))
+
+
+def slopes(changes, behaviour, runs, lags=1):
+    """Regression of every unit's change on a behaviour's change: DataFrame slope, t, p, p_adjusted, a row a unit.
+
+    changes: (points, units), from one saved step to the next. behaviour: (points,), the same of a ratio such as ESR.
+    runs: (points,), which training a point belongs to. Ordinary least squares with an intercept; standard errors after
+    Newey & West (1987) with Bartlett weights, lags within a run only, and the correction n / (n - 2); t with n - 2
+    degrees of freedom. NaN where the behaviour does not vary, or there are fewer than four points.
+    """
+    y, x, runs = np.asarray(changes, float), np.asarray(behaviour, float), np.asarray(runs)
+    n = len(x)
+    x = x - x.mean() if n else x
+    spread = (x**2).sum()
+    if n < 4 or spread < 1e-12:
+        return pd.DataFrame(np.nan, index=range(y.shape[1]), columns=["slope", "t", "p", "p_adjusted"])
+    y = y - y.mean(0)
+    slope = x @ y / spread
+    scores = x[:, None] * (y - np.outer(x, slope))
+    total = (scores**2).sum(0)
+    for lag in range(1, lags + 1):
+        same = (runs[lag:] == runs[:-lag])[:, None]
+        total += 2 * (1 - lag / (lags + 1)) * (scores[lag:] * scores[:-lag] * same).sum(0)
+    error = np.sqrt(np.maximum(total, 1e-30) * n / (n - 2)) / spread
+    t = slope / error
+    p = 2 * stats.t.sf(np.abs(t), n - 2)
+    return pd.DataFrame({"slope": slope, "t": t, "p": p, "p_adjusted": adjusted(p)})
+
+
+def by_chance(changes, behaviour, runs, lags=1, level=0.05, draws=200, seed=0):
+    """Units that `slopes` would call found at `level` if the behaviour's changes came in another order: array (draws,).
+
+    The order is shuffled within each run, so that what is left is chance.
+    """
+    rng, behaviour, runs = np.random.default_rng(seed), np.array(behaviour, float), np.asarray(runs)
+    found = []
+    for _ in range(draws):
+        mixed = behaviour.copy()
+        for run in pd.unique(runs):
+            mixed[runs == run] = rng.permutation(mixed[runs == run])
+        found.append(int((slopes(changes, mixed, runs, lags)["p_adjusted"] < level).sum()))
+    return np.array(found)
