@@ -5,6 +5,7 @@ layer's output, before any final norm. Layers are numbered from 0, first to last
 """
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -82,12 +83,12 @@ def activations(speaker, texts, site, layers=None, batch_size=32):
     texts, wanted = list(texts), _numbers(speaker, site, layers)
     found = {number: np.empty((len(texts), size(speaker, site)), dtype=np.float32) for number in wanted}
     for chosen in chat._batches(chat._encode(speaker, texts), batch_size):
-        held = {}
-        keep = {n: lambda x, n=n: held.__setitem__(n, x[:, -1].float().cpu().numpy()) for n in wanted}
-        with hooked(speaker, site, keep):
+
+        def keep(x, number, chosen=chosen):
+            found[number][chosen] = x[:, -1].float().cpu().numpy()
+
+        with hooked(speaker, site, {n: partial(keep, number=n) for n in wanted}):
             chat.token_probabilities(speaker, [texts[i] for i in chosen], len(chosen))
-        for number, values in held.items():
-            found[number][chosen] = values
     return found
 
 
@@ -204,7 +205,7 @@ def read(speaker, given, number, kinds=()):
 def before_and_after(settings, model, train, given, show=True):
     """`read` of a model without an adapter and with each trait's: {"base": ..., trait: ...}. Raises UserError.
 
-    train: train opinions, by which the adapters of notebook 03 are found; all are looked for before the model is loaded.
+    train: train opinions, by which the adapters of notebook 03 are found, all of them before a model is loaded.
     """
     from tqdm.auto import tqdm
 

@@ -186,7 +186,6 @@ class Tracking(Section):
     points: Annotated[int, Field(ge=2)]
     scales: list[Annotated[float, Field(gt=0, lt=1)]]
     topics: Count
-    lags: Annotated[int, Field(ge=0)]
     shuffles: Annotated[int, Field(ge=10)]
 
 

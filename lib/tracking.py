@@ -1,7 +1,7 @@
 """Units over training: adapters saved at several steps and one adapter at several scales, each asked and looked into.
 
-A training here is the one of `qlora.train`, with the same rows and seed; it only leaves more adapters behind. Answers are
-to *train* topics, so that nothing found here has seen the test topics.
+A training here is the one of `qlora.train`, with the same rows and seed; it only leaves more adapters behind. Answers
+are to *train* topics, so that nothing found here has seen the test topics.
 """
 
 import json
@@ -67,7 +67,7 @@ def train(settings, model, trait, rows, show=True):
 
 @contextmanager
 def scaled(speaker, factor):
-    """A `Chat` whose attached adapter acts `factor` times as strongly: 0 is the base, 1 the adapter as it was trained."""
+    """A `Chat` whose attached adapter acts `factor` times as strongly: 0 is the base, 1 as it was trained."""
     from peft.tuners.lora import LoraLayer
 
     parts = [m for m in speaker.model.modules() if isinstance(m, LoraLayer)]

@@ -106,34 +106,32 @@ def shared(one, other, total):
     return both, len(one) * len(other) / total, float(stats.hypergeom.sf(both - 1, total, len(one), len(other)))
 
 
-def slopes(changes, behaviour, runs, lags=1):
+def slopes(changes, behaviour, runs):
     """Regression of every unit's change on a behaviour's change: DataFrame slope, t, p, p_adjusted, a row a unit.
 
-    changes: (points, units), from one saved step to the next. behaviour: (points,), the same of a ratio such as ESR.
-    runs: (points,), which training a point belongs to. Ordinary least squares with an intercept; standard errors after
-    Newey & West (1987) with Bartlett weights, lags within a run only, and the correction n / (n - 2); t with n - 2
-    degrees of freedom. NaN where the behaviour does not vary, or there are fewer than four points.
+    changes: (points, units), from one saved step to the next, since levels of one training hang together. behaviour:
+    (points,), the same of a ratio such as ESR. runs: (points,), which training a point belongs to; each has an
+    intercept of its own. Ordinary least squares; t with n - runs - 1 degrees of freedom. NaN where the behaviour does
+    not vary, or no degree of freedom is left.
     """
-    y, x, runs = np.asarray(changes, float), np.asarray(behaviour, float), np.asarray(runs)
-    n = len(x)
-    x = x - x.mean() if n else x
-    spread = (x**2).sum()
-    if n < 4 or spread < 1e-12:
+    runs = np.asarray(runs)
+    x, y = _within(np.asarray(behaviour, float)[:, None], runs)[:, 0], _within(np.asarray(changes, float), runs)
+    free, spread = len(x) - len(np.unique(runs)) - 1, (x**2).sum()
+    if free < 1 or spread < 1e-12:
         return pd.DataFrame(np.nan, index=range(y.shape[1]), columns=["slope", "t", "p", "p_adjusted"])
-    y = y - y.mean(0)
     slope = x @ y / spread
-    scores = x[:, None] * (y - np.outer(x, slope))
-    total = (scores**2).sum(0)
-    for lag in range(1, lags + 1):
-        same = (runs[lag:] == runs[:-lag])[:, None]
-        total += 2 * (1 - lag / (lags + 1)) * (scores[lag:] * scores[:-lag] * same).sum(0)
-    error = np.sqrt(np.maximum(total, 1e-30) * n / (n - 2)) / spread
-    t = slope / error
-    p = 2 * stats.t.sf(np.abs(t), n - 2)
+    left = np.maximum((y**2).sum(0) - slope**2 * spread, 1e-30)
+    t = slope / np.sqrt(left / free / spread)
+    p = 2 * stats.t.sf(np.abs(t), free)
     return pd.DataFrame({"slope": slope, "t": t, "p": p, "p_adjusted": adjusted(p)})
 
 
-def by_chance(changes, behaviour, runs, lags=1, level=0.05, draws=200, seed=0):
+def _within(values, runs):
+    """Values less the mean of their run: (points, ...)."""
+    return values - np.stack([values[runs == run].mean(0) for run in runs]) if len(runs) else values
+
+
+def by_chance(changes, behaviour, runs, level=0.05, draws=200, seed=0):
     """Units that `slopes` would call found at `level` if the behaviour's changes came in another order: array (draws,).
 
     The order is shuffled within each run, so that what is left is chance.
@@ -144,5 +142,5 @@ def by_chance(changes, behaviour, runs, lags=1, level=0.05, draws=200, seed=0):
         mixed = behaviour.copy()
         for run in pd.unique(runs):
             mixed[runs == run] = rng.permutation(mixed[runs == run])
-        found.append(int((slopes(changes, mixed, runs, lags)["p_adjusted"] < level).sum()))
+        found.append(int((slopes(changes, mixed, runs)["p_adjusted"] < level).sum()))
     return np.array(found)

@@ -157,11 +157,11 @@ def test_a_hook_may_change_a_unit(speakers, site):
 
 def test_what_does_not_exist_is_refused(speakers):
     speaker = speakers["llama"]
-    with pytest.raises(UserError, match="layer 2: .* layers 0 to 1"):
+    with pytest.raises(UserError, match=r"layer 2: .* layers 0 to 1"):
         neurons.activations(speaker, ["Hm."], "mlp", [2])
     with pytest.raises(UserError, match="layer -1"):
         neurons.activations(speaker, ["Hm."], "mlp", [-1])
-    with pytest.raises(UserError, match="unit 128: .* mlp units 0 to 127"):
+    with pytest.raises(UserError, match=r"unit 128: .* mlp units 0 to 127"):
         neurons.check(speaker, "mlp", 0, 128)
     with pytest.raises(UserError, match="site 'attention': unknown; choose from mlp, hidden"):
         neurons.size(speaker, "attention")
