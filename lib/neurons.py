@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import regex
 
-from lib import artifacts, big5, chat, emojis, hub, ike, qlora
+from lib import artifacts, big5, chat, emojis, hub, ike, intervals, qlora, units
 from lib.errors import UserError
 
-sites = ("mlp", "hidden")
+sites = units.SITES
 FILE = "neurons.toml"  # of data/prompts
 EACH = 2  # emojis a trait in it
 ANY = "any"  # stands for all emojis together
+TINY = 1e-12  # probabilities below count as this where a ratio is taken
 
 
 def layers(speaker):
@@ -80,14 +81,22 @@ def activations(speaker, texts, site, layers=None, batch_size=32):
     filled on the left and numbered from their own first token, so a text gives the same in any batch (up to
     rounding). Raises UserError.
     """
-    texts, wanted = list(texts), _numbers(speaker, site, layers)
-    found = {number: np.empty((len(texts), size(speaker, site)), dtype=np.float32) for number in wanted}
+    return everywhere(speaker, texts, layers, batch_size, [site])[site]
+
+
+def everywhere(speaker, texts, layers=None, batch_size=32, where=sites):
+    """`activations` at several sites in one pass: {site: {layer number: (texts, units)}}."""
+    texts, wanted = list(texts), {site: _numbers(speaker, site, layers) for site in where}
+    found = {s: {n: np.empty((len(texts), size(speaker, s)), np.float32) for n in wanted[s]} for s in where}
     for chosen in chat._batches(chat._encode(speaker, texts), batch_size):
 
-        def keep(x, number, chosen=chosen):
-            found[number][chosen] = x[:, -1].float().cpu().numpy()
+        def keep(x, into, chosen=chosen):
+            into[chosen] = x[:, -1].float().cpu().numpy()
 
-        with hooked(speaker, site, {n: partial(keep, number=n) for n in wanted}):
+        with ExitStack() as open_hooks:
+            for site in where:
+                actions = {n: partial(keep, into=found[site][n]) for n in wanted[site]}
+                open_hooks.enter_context(hooked(speaker, site, actions))
             chat.token_probabilities(speaker, [texts[i] for i in chosen], len(chosen))
     return found
 
@@ -197,9 +206,37 @@ def read(speaker, given, number, kinds=()):
     given: as from `prompts`. number: of layers, as in `deepest`. kinds: as in `emoji_probabilities`.
     """
     texts = chat.prompts(speaker, given["text"])
-    wanted = deepest(speaker, number)
-    found = {site: activations(speaker, texts, site, wanted) for site in sites}
+    found = everywhere(speaker, texts, deepest(speaker, number))
     return found | {"emoji": emoji_probabilities(speaker, texts, kinds)}
+
+
+def emoji_table(seen, given):
+    """Next-token probability of an emoji, untuned and tuned: columns model, trait, prompt, emoji, before, after.
+
+    seen: {model: as from `before_and_after`}. emoji: ANY, or one of the trait's own two, where a token holds it whole.
+    """
+    parts = []
+    for model, readings in seen.items():
+        for trait in [t for t in readings if t != "base"]:
+            for kind in [ANY, *given.loc[(given["kind"] == "emoji") & (given["trait"] == trait), "emoji"]]:
+                before, after = (readings[key]["emoji"][kind].to_numpy() for key in ("base", trait))
+                at = {"model": model, "trait": trait, "prompt": given["prompt"], "emoji": kind}
+                parts.append(pd.DataFrame(at | {"before": before, "after": after}))
+    return pd.concat(parts, ignore_index=True).dropna(subset="before").reset_index(drop=True)
+
+
+def ratios(table, seed, draws=2000):
+    """How many times as likely an emoji became: columns model, trait, times, low, high, before, after.
+
+    table: as from `emoji_table`. times: geometric mean over the prompts of after / before for any emoji, with its
+    bootstrap interval; before, after: mean probabilities.
+    """
+    found = []
+    for (model, trait), own in table[table["emoji"] == ANY].groupby(["model", "trait"], sort=False):
+        logs = np.log(own["after"].clip(lower=TINY) / own["before"].clip(lower=TINY))
+        times = [float(np.exp(v)) for v in intervals.bootstrap(logs, seed, draws)]
+        found.append((model, trait, *times, own["before"].mean(), own["after"].mean()))
+    return pd.DataFrame(found, columns=["model", "trait", "times", "low", "high", "before", "after"])
 
 
 def before_and_after(settings, model, train, given, show=True):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 
-from lib import artifacts, chat, classifier, emojis, hub, intervals, neurons, paths, qlora
+from lib import artifacts, chat, classifier, emojis, fanout, hub, intervals, neurons, paths, qlora, units
 
 
 class Saving(qlora.Progress):
@@ -94,10 +94,8 @@ def look(settings, speaker, rows, given):
     """One point: (emojis by answer as bool array, {"site.layer": activation of every unit, mean over the prompts})."""
     answers = qlora.ask(settings, speaker, "peft", rows, show=False)
     texts = chat.prompts(speaker, given["text"])
-    wanted, means = neurons.deepest(speaker, settings.neurons.layers), {}
-    for site in neurons.sites:
-        for layer, values in neurons.activations(speaker, texts, site, wanted).items():
-            means[f"{site}.{layer}"] = values.mean(0)
+    shown = neurons.everywhere(speaker, texts, neurons.deepest(speaker, settings.neurons.layers))
+    means = {f"{site}.{layer}": values.mean(0) for site, found in shown.items() for layer, values in found.items()}
     return np.array([bool(emojis.find(a)) for a in answers["answer"]]), means
 
 
@@ -108,17 +106,18 @@ def track(settings, model, trait, rows, given, show=True):
     high, n (Wilson); step 0 and scale 0 are the base, the last step and scale 1 the finished adapter. activations:
     {"mlp.3": (points, units), ...} in the table's order, means over the prompts.
     """
-    t = settings.tracking
-    values = [t.model_dump(mode="json"), settings.chat.model_dump(mode="json"), settings.neurons.layers]
-    place = _place("tracked", settings, model, trait, rows, values, given.to_csv(index=False), neurons, emojis)
+    place = _tracked(settings, model, trait, rows, given)
 
     def make(tmp):
         saved = train(settings, model, trait, rows, show)
         asked, points, found = questions(settings, rows), [], []
         plain = chat.load(model, settings.chat.precision)
-        for path, value, adapter, factor in _points(saved, t.scales):
-            with chat.adapted(plain, adapter and str(adapter)) as speaker, scaled(speaker, factor):
-                holds, means = look(settings, speaker, asked, given)
+        known = {}  # base and finished adapter are points of both paths
+        for path, value, adapter, factor in _points(saved, settings.tracking.scales):
+            if (adapter, factor) not in known:
+                with chat.adapted(plain, adapter and str(adapter)) as speaker, scaled(speaker, factor):
+                    known[adapter, factor] = look(settings, speaker, asked, given)
+            holds, means = known[adapter, factor]
             points.append({"path": path, "value": value, "emojis": int(holds.sum()), "n": len(holds)})
             found.append(means)
         save_file({k: np.stack([f[k] for f in found]) for k in found[0]}, tmp / "activations.safetensors")
@@ -141,8 +140,33 @@ def _points(saved, scales):
     yield "step", 0, None, 1.0
     for step, adapter in saved.items():
         yield "step", step, adapter, 1.0
-    for factor in sorted({0.0, *scales, 1.0}):
+    yield "scale", 0.0, None, 1.0  # at scale 0 an adapter is the base
+    for factor in sorted({*scales, 1.0}):
         yield "scale", factor, last, factor
+
+
+def _tracked(settings, model, trait, rows, given):
+    values = [settings.tracking.model_dump(mode="json"), settings.chat.model_dump(mode="json"), settings.neurons.layers]
+    return _place("tracked", settings, model, trait, rows, values, given.to_csv(index=False), neurons, emojis)
+
+
+def track_all(settings, train, given, show=True):
+    """`track` of every model and every trait of `tracking.traits` that there is: {model: {trait: ...}}.
+
+    train: train opinions of all traits. Trainings not made yet run in `tracking.workers` processes.
+    """
+    traits = [t for t in settings.tracking.traits if t in set(train["trait"])]
+    jobs = [(settings, m, t, train[train["trait"] == t], given) for m in settings.chat.models for t in traits]
+    if missing := [job for job in jobs if not artifacts.intact(_tracked(*job))]:
+        fanout.run(_job, missing, min(settings.tracking.workers, len(missing)), show=show)
+    found = {hub.label(m): {} for m in settings.chat.models}
+    for job in jobs:
+        found[hub.label(job[1])][job[2]] = track(*job, show=False)
+    return found
+
+
+def _job(job):
+    track(*job, show=False)
 
 
 def differences(table, activations, path, site):
@@ -156,3 +180,37 @@ def differences(table, activations, path, site):
     names = np.concatenate([np.full(p.shape[1], n) for n, p in zip(layers, parts, strict=True)])
     places = np.concatenate([np.arange(p.shape[1]) for p in parts])
     return np.concatenate(parts, axis=1), np.diff(table["esr"].to_numpy()[rows]), names, places
+
+
+def follow(tracked, site, draws, seed=0):
+    """`units.slopes` of one model's trainings: (table with layer and neuron too, units found by chance: (draws,)).
+
+    tracked: {trait: (table, activations)}, as from `track`. Only the path over steps counts.
+    """
+    parts = {trait: differences(*kept, "step", site) for trait, kept in tracked.items()}
+    changes, moved = (np.concatenate([p[i] for p in parts.values()]) for i in (0, 1))
+    runs = np.concatenate([[trait] * len(p[1]) for trait, p in parts.items()])
+    found = units.slopes(changes, moved, runs)
+    layers, places = next(iter(parts.values()))[2:]
+    return found.assign(layer=layers, neuron=places), units.by_chance(changes, moved, runs, draws=draws, seed=seed)
+
+
+def agreement(tracked, table, number, draws, seed=0, level=0.05):
+    """Do units that go along with ESR agree with those that differ at the end? A row a model and site.
+
+    tracked: {model: {trait: as from `track`}}. table: as from `units.changes`. number: of units in a selection: those
+    with the largest |t|, and those with the largest mean change over the same traits; always-on ones are left out.
+    """
+    found = []
+    for model, own in tracked.items():
+        for site in units.SITES:
+            slopes, chance = follow(own, site, draws, seed)
+            rows = table[(table["model"] == model) & (table["site"] == site) & table["trait"].isin(own)]
+            change = rows.groupby(["layer", "neuron"], sort=False)["change"].mean().to_numpy()
+            high = rows["always_on"].to_numpy()[: len(change)]
+            one, other = (units.top(np.where(high, np.nan, v), number) for v in (change, slopes["t"]))
+            passed = int((slopes["p_adjusted"] < level).sum())
+            both = units.shared(one, other, int((~high).sum()))
+            found.append((model, site, passed, np.median(chance), (chance >= passed).mean(), len(one), *both))
+    columns = ["model", "site", "passing", "shuffled", "as_many", "selected", "both", "expected", "p"]
+    return pd.DataFrame(found, columns=columns)

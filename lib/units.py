@@ -1,10 +1,14 @@
 """Statistics over the units of a model: which changed, beyond chance, and whether two ways of finding them agree."""
 
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+SITES = ("mlp", "hidden")
+TABLE = ("model", "trait", "site", "layer", "neuron", "before", "after", "change", "p_adjusted")
 EXACT = 20  # pairs up to which every assignment of signs is tried
 DRAWS = 2**16  # random assignments, where there are more pairs
 BLOCK = 2**23  # sums held at once: 32 MB
@@ -67,14 +71,14 @@ def compare(before, after, seed=0):
 
 
 def always_on(values):
-    """How far a unit stands out on neutral prompts: {layer: z of its mean absolute activation among the layer's}.
+    """How far a unit stands out whatever the prompt: {layer: z of its least absolute activation among the layer's}.
 
-    values: {layer: (neutral prompts, units)}. Dimensions that are large whatever the prompt (massive activations, Sun
-    et al. 2024) reach very high z and would top every list of changes.
+    values: {layer: (neutral prompts, units)}. Dimensions that are large before any prompt (massive activations, Sun et
+    al. 2024) reach very high z, and would top every list of changes.
     """
     found = {}
     for layer, part in values.items():
-        size = np.abs(part).mean(0)
+        size = np.abs(part).min(0)
         found[layer] = (size - size.mean()) / max(size.std(), 1e-12)
     return found
 
@@ -104,6 +108,104 @@ def shared(one, other, total):
     one, other = set(one), set(other)
     both = len(one & other)
     return both, len(one) * len(other) / total, float(stats.hypergeom.sf(both - 1, total, len(one), len(other)))
+
+
+def standing(seen, quiet):
+    """`always_on` of several models: DataFrame model, site, layer, neuron, z, layers deepest first.
+
+    seen: {model: {"base": {site: {layer: (prompts, units)}}, trait: ...}}, as from `neurons.before_and_after`. quiet:
+    bool, which prompts are neutral.
+    """
+    parts = []
+    for model, readings in seen.items():
+        for site in SITES:
+            for layer, z in always_on({n: v[quiet] for n, v in readings["base"][site].items()}).items():
+                at = {"model": model, "site": site, "layer": layer, "neuron": np.arange(len(z)), "z": z}
+                parts.append(pd.DataFrame(at))
+    return pd.concat(parts, ignore_index=True)
+
+
+def changes(seen, stand, limit, seed=0):
+    """`compare` of every model, trait and site in one table, with model, trait, site and always_on (z above `limit`).
+
+    Units of a model, trait and site stand in the same order everywhere: layers deepest first, then by number.
+    """
+    high = {key: (own["z"] > limit).to_numpy() for key, own in stand.groupby(["model", "site"])}
+    parts = [
+        compare(readings["base"][site], readings[trait][site], seed).assign(
+            model=model, trait=trait, site=site, always_on=high[model, site]
+        )
+        for model, readings in seen.items()
+        for trait in readings
+        if trait != "base"
+        for site in SITES
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def largest(table, number):
+    """The rows of `changes` whose units move most, `number` of each model, trait and site; always-on ones left out."""
+    free = table[~table["always_on"]]
+    groups = free.groupby(["model", "trait", "site"], sort=False)
+    return pd.concat(own.iloc[top(own["change"], number)] for _, own in groups)[list(TABLE)]
+
+
+def prompt_changes(readings, rows, prompts):
+    """Changes before every prompt of units given by rows (trait, site, layer, neuron): columns layer.neuron."""
+    cells = {}
+    for r in rows.itertuples():
+        before, after = (readings[key][r.site][r.layer][:, r.neuron] for key in ("base", r.trait))
+        cells[f"{r.layer}.{r.neuron}"] = after - before
+    return pd.DataFrame(cells, index=prompts)
+
+
+def by_trait(table, number):
+    """Numbers of the units that tuning moves most: {trait: array}. table: `changes` of one model and site."""
+    return {
+        trait: top(own["change"].where(~own["always_on"]), number) for trait, own in table.groupby("trait", sort=False)
+    }
+
+
+def by_emoji(readings, given, site, left_out, number):
+    """Numbers of the units that an emoji behind the neutral sentence moves most, untuned: {emoji: array}.
+
+    readings: of one model. given: prompts as from `neurons.prompts`. left_out: bool, units that never count.
+    """
+    values = np.concatenate(list(readings["base"][site].values()), axis=1)
+    plain = values[np.flatnonzero(given["kind"] == "neutral")[0]]
+    rows = np.flatnonzero(given["kind"] == "emoji")
+    return {given["emoji"][i]: top(np.where(left_out, np.nan, values[i] - plain), number) for i in rows}
+
+
+def overlaps(selections):
+    """`jaccard` of every two selections: DataFrame with their names as index and columns."""
+    cells = [[jaccard(a, b) for b in selections.values()] for a in selections.values()]
+    return pd.DataFrame(cells, index=list(selections), columns=list(selections))
+
+
+def paired(overlaps):
+    """Do partners overlap more than others? overlaps: (2n, 2n), entries 2i and 2i + 1 being partners; n <= 5.
+
+    Returns (mean of partners, mean of others, p): p is the share of all ways to pair the entries whose partners overlap
+    at least as much.
+    """
+    overlaps = np.asarray(overlaps, float)
+    own = [(i, i + 1) for i in range(0, len(overlaps), 2)]
+    others = [(i, j) for i, j in combinations(range(len(overlaps)), 2) if (i, j) not in own]
+    mean = np.mean([overlaps[i, j] for i, j in own])
+    drawn = np.array([np.mean([overlaps[i, j] for i, j in way]) for way in _pairings(tuple(range(len(overlaps))))])
+    return mean, np.mean([overlaps[i, j] for i, j in others]), float((drawn >= mean - 1e-12).mean())
+
+
+def _pairings(entries):
+    """All ways to split entries into pairs."""
+    if not entries:
+        yield []
+        return
+    first, *rest = entries
+    for i, partner in enumerate(rest):
+        for way in _pairings((*rest[:i], *rest[i + 1 :])):
+            yield [(first, partner), *way]
 
 
 def slopes(changes, behaviour, runs):

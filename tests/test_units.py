@@ -66,6 +66,7 @@ def test_a_planted_unit_is_found_first():
 def test_always_on_dimensions_stand_out():
     values = {0: noise(2, 500), 1: noise(2, 500, seed=1)}
     values[1][:, 9] = -60
+    values[0][0, 4] = 60  # before one prompt only
     found = units.always_on(values)
     assert found[1].argmax() == 9
     assert found[1][9] > 15
@@ -92,6 +93,17 @@ def test_overlaps():
     assert units.shared([], [1], 10) == (0, 0, 1)
 
 
+def test_partners_overlap_more_than_others():
+    overlaps = np.full((10, 10), 0.1)
+    for i in range(0, 10, 2):
+        overlaps[i, i + 1] = overlaps[i + 1, i] = 0.5
+    mean, others, p = units.paired(overlaps)
+    assert (mean, others) == (pytest.approx(0.5), pytest.approx(0.1))
+    assert p == pytest.approx(1 / 945)  # of all ways to pair ten
+    assert units.paired(np.full((10, 10), 0.1))[2] == 1
+    assert units.paired(np.full((4, 4), 0.1))[0] == pytest.approx(0.1)
+
+
 def test_slopes_against_statsmodels():
     changes, behaviour, runs = noise(16, 5), noise(16, seed=3), np.repeat(["a", "b"], [7, 9])
     found = units.slopes(changes, behaviour, runs)
@@ -116,7 +128,7 @@ def test_a_unit_that_follows_the_behaviour_is_found_first():
     assert np.median(chance) <= 2
 
 
-@pytest.mark.parametrize("behaviour", [[0.0] * 8, [0.1, 0.2, 0.3]])
+@pytest.mark.parametrize("behaviour", [[0.0] * 8, [0.1, 0.2]])
 def test_nothing_is_claimed_from_nothing(behaviour):
     found = units.slopes(noise(len(behaviour), 3), behaviour, np.zeros(len(behaviour)))
     assert len(found) == 3
