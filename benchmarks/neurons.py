@@ -6,8 +6,8 @@
 TransformerLens is no part of this project's lock, so it goes into an environment of its own. The model is a small
 random Llama; all its layers are read, MLP neurons and hidden dimensions, at the last token of every text. Conventions,
 matched here: the raw weights of the hub's format (no folded norms, no centring); `hook_resid_post` is a layer's output,
-`mlp.hook_post` the input of `down_proj`; attention step by step ("eager") on both sides; texts of one length, so that no
-padding comes in. Each side runs in a process of its own, for its peak of memory. It prints; only agreement is judged.
+`mlp.hook_post` the input of `down_proj`; attention step by step ("eager") on both sides; texts of one length, so no
+padding. Each side runs in a process of its own, for its peak of memory. It prints; only agreement is judged.
 TransformerLens 4 wraps the hub's own modules, so agreement shows that the places are the same; that they hold what a
 layer computes is shown by tests/test_neurons.py, which writes the layers out from the weights.
 """

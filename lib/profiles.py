@@ -190,6 +190,25 @@ class Tracking(Section):
     workers: Count
 
 
+class Mediation(Section):
+    topics: Annotated[int, Field(ge=0)]
+    batch_tokens: Annotated[int, Field(ge=64)]
+    draws: Annotated[int, Field(ge=100)]
+
+
+class Interventions(Section):
+    traits: Annotated[list[Literal[big5.NAMES]], BeforeValidator(_listed)]
+    sites: Annotated[list[Literal["mlp", "hidden"]], BeforeValidator(_listed), Field(min_length=1)]
+    ks: Annotated[list[Count], Field(min_length=1)]
+    train_topics: Count
+    topics: Count
+    random_draws: Annotated[int, Field(ge=2)]
+    random_topics: Count
+    batch_size: Count
+    batch_tokens: Annotated[int, Field(ge=64)]
+    draws: Annotated[int, Field(ge=100)]
+
+
 class Settings(Section):
     about: str
     minutes: dict[str, float]
@@ -206,6 +225,8 @@ class Settings(Section):
     alignment: Alignment
     neurons: Neurons
     tracking: Tracking
+    mediation: Mediation
+    interventions: Interventions
     # set by `load`, not by the file
     profile: str
     seed: Annotated[int, Field(ge=0)]

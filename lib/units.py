@@ -183,6 +183,11 @@ def overlaps(selections):
     return pd.DataFrame(cells, index=list(selections), columns=list(selections))
 
 
+def long(grid, columns=("one", "other", "jaccard")):
+    """A table of cells as rows: index, column, value."""
+    return grid.rename_axis(columns[0]).reset_index().melt(columns[0], var_name=columns[1], value_name=columns[2])
+
+
 def paired(overlaps):
     """Do partners overlap more than others? overlaps: (2n, 2n), entries 2i and 2i + 1 being partners; n <= 5.
 

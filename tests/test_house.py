@@ -19,7 +19,8 @@ ROWS = [
     ["tfidf", "finetune", "classifier", "chat", "organisms"],
     ["qlora", "ike", "mend"],
     ["likelihood"],
-    ["wordclouds", "explain", "ratios", "judge", "alignment", "neurons", "units", "tracking"],
+    ["units", "neurons"],
+    ["wordclouds", "explain", "ratios", "judge", "alignment", "tracking", "mediation", "interventions"],
     ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
