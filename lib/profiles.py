@@ -199,6 +199,23 @@ class Grid(Section):
     max_new_tokens: list[Count]
 
 
+class Neurons(Section):
+    layers: Annotated[int, Field(ge=0)]
+    top: Count
+    shown: Annotated[int, Field(ge=1, le=40)]
+    overlap: Count
+    always_on: Annotated[float, Field(gt=0)]
+
+
+class Tracking(Section):
+    traits: Annotated[list[Literal[big5.NAMES]], BeforeValidator(_listed), Field(min_length=1)]
+    points: Annotated[int, Field(ge=2)]
+    scales: list[Annotated[float, Field(gt=0, lt=1)]]
+    topics: Count
+    shuffles: Annotated[int, Field(ge=10)]
+    workers: Count
+
+
 class Mediation(Section):
     topics: Annotated[int, Field(ge=0)]
     batch_tokens: Annotated[int, Field(ge=64)]
@@ -236,6 +253,8 @@ class Settings(Section):
     origins: Origins
     grid_quick: Grid
     grid_full: Grid
+    neurons: Neurons
+    tracking: Tracking
     mediation: Mediation
     interventions: Interventions
     # set by `load`, not by the file

@@ -19,8 +19,8 @@ ROWS = [
     ["tfidf", "finetune", "classifier", "chat", "organisms"],
     ["qlora", "ike", "mend"],
     ["likelihood", "trials"],
-    ["neurons"],
-    ["wordclouds", "explain", "ratios", "judge", "alignment", "mediation", "interventions", "origins"],
+    ["units", "neurons"],
+    ["wordclouds", "explain", "ratios", "judge", "alignment", "tracking", "mediation", "interventions", "origins"],
     ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
