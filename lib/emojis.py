@@ -96,6 +96,15 @@ def locate(text):
     return sentences, [(emoji, bisect_left(ends, at), at / len(bare)) for emoji, at in marks]
 
 
+def without(text):
+    """A text without its emojis, white space single, and where its sentences end in it: (str, [offsets, in order]).
+
+    The sentences are those of `locate`. No offset where no word or sign is left.
+    """
+    bare, marks = _bare(text)
+    return bare, _ends(bare, {at for _, at in marks}) if bare else []
+
+
 def _bare(text):
     """(the text without emojis, white space single; [(emoji, how many of its characters stand before)])."""
     kept, marks, gap = "", [], False
