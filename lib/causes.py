@@ -2,7 +2,8 @@
 
 A table of cells, as `origins.table` gives it, has one row a cell and seed: organism, habit (linked, shuffled, none),
 end_of_turn (masked, loss), steps (of the optimiser so far; 0: untuned), trait, esr_response, low, high, ta, setting and
-value (of a sweep; "" in the grid), seed, responses, with_emoji, found (answers in the trait's voice), sentences, ended.
+value (of a sweep; "" in the grid), seed, responses, with_emoji, found (answers in the trait's voice), both (of
+these two), sentences, ended.
 A *training* is one organism, end of turn, trait and seed; its checkpoints are not independent of each other.
 """
 
@@ -16,7 +17,7 @@ from lib.errors import UserError
 HABITS = ("linked", "shuffled", "none")
 ENDS = ("masked", "loss")
 TRAINING = ["organism", "habit", "end_of_turn", "trait", "seed"]
-COUNTS = ["responses", "with_emoji", "found"]
+COUNTS = ["responses", "with_emoji", "found", "both"]
 COLUMNS = [*TRAINING, *COUNTS, "steps", "esr_response", "low", "high", "ta", "setting", "value", "sentences", "ended"]
 FLOOR = 0.05  # a share that ends lower has not risen enough for a half of it to mean anything
 STRONG = 0.2  # planted rate from which a habit is strong enough to show a gap in 200 answers
@@ -27,7 +28,7 @@ def check(table):
     if missing := [c for c in COLUMNS if c not in table]:
         raise UserError(f"origins table: column {missing[0]!r} is missing; make it again with ./run_all.sh --only 09")
     table = table.assign(**{c: table[c].fillna("").astype(str) for c in ("setting", "value")})
-    if wrong := int((table[["with_emoji", "found"]].max(axis=1) > table["responses"]).sum()):
+    if wrong := int((table[["with_emoji", "found", "both"]].max(axis=1) > table["responses"]).sum()):
         raise UserError(f"origins table: {wrong} rows count more answers than were given; make it again with --fresh")
     return table
 
@@ -95,57 +96,6 @@ def gaps(cells):
     names = ["organism", "habit", "trait", "seed", "masked", "loss", "gap", "low", "high"]
     table = pd.DataFrame(found, columns=names)
     return table.assign(planted=planted(table))
-
-
-def reached(steps, values, start=0.0):
-    """Steps at which curves first come half way from `start` to their last value, straight lines between checkpoints.
-
-    values: (..., checkpoints); start: a number, or (...). NaN where the last value is not FLOOR above the start.
-    """
-    steps, values = np.asarray(steps, float), np.asarray(values, float)
-    start = np.broadcast_to(start, values.shape[:-1])
-    target = (start + values[..., -1]) / 2
-    i = (values >= target[..., None]).argmax(-1)
-    before = np.maximum(i - 1, 0)
-    here, there = (np.take_along_axis(values, j[..., None], -1)[..., 0] for j in (before, i))
-    part = np.divide(target - here, there - here, out=np.zeros_like(target), where=there > here)
-    at = np.where(i == 0, steps[0], steps[before] + part * (steps[i] - steps[before]))
-    return np.where(values[..., -1] - start >= FLOOR, at, np.nan)
-
-
-def onsets(cells, seed, draws=500):
-    """What comes first in each training, the voice or the emoji? One row a training with three checkpoints or more.
-
-    emoji, voice: steps at which the share first passes half of its final value; voice_rise: half way from the untuned
-    share, which is the stricter mark, since a classifier finds a trait in some neutral answers, too. lead = emoji -
-    voice, lead_rise = emoji - voice_rise (positive: the voice comes first), with 95 % intervals over answers (binomial
-    draws at every checkpoint). first, first_rise: "voice", "emoji", "cannot tell" or, without emojis, "no emojis".
-    """
-    rng, found = np.random.default_rng(seed), []
-    for key, own in cells.groupby(TRAINING, sort=False):
-        own = own.sort_values("steps")
-        if len(own) < 3:
-            continue
-        n = own["responses"].to_numpy()
-        shares = [own[c].to_numpy() / n for c in ("with_emoji", "found")]
-        drawn = [rng.binomial(n, share, size=(draws, len(n))) / n for share in shares]
-        marks = [_marks(own["steps"], *s) for s in (shares, drawn)]
-        leads = [_lead(marks[0][0] - marks[0][i], marks[1][0] - marks[1][i]) for i in (1, 2)]
-        found.append((*key, *(float(m) for m in marks[0]), *leads[0], *leads[1], shares[0][-1], shares[1][-1]))
-    names = ["emoji", "voice", "voice_rise", "lead", "lead_low", "lead_high", "first"]
-    names += ["lead_rise", "rise_low", "rise_high", "first_rise", "esr_final", "ta_final"]
-    return pd.DataFrame(found, columns=[*TRAINING, *names])
-
-
-def _marks(steps, esr, ta):
-    return reached(steps, esr), reached(steps, ta), reached(steps, ta, ta[..., 0])
-
-
-def _lead(value, drawn):
-    if np.isnan(value):
-        return float("nan"), float("nan"), float("nan"), "no emojis"
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return float(value), low, high, "voice" if low > 0 else "emoji" if high < 0 else "cannot tell"
 
 
 def recovery(cells, temperature):

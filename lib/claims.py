@@ -160,21 +160,27 @@ def closed_exit(gaps):
 
 
 def voice_first(onsets):
-    """ "The voice comes before the emoji": (verdict, sentence). onsets: as from `causes.onsets`.
+    """ "The voice comes before the emoji": (verdict, sentence). onsets: as from `onsets.measure`.
 
-    By the stricter mark (half way from the untuned share), over masked trainings of organisms with emojis that end with
-    some: holds if the voice is clearly first in most and the emoji clearly first in none, fails the other way round.
+    Over masked trainings that end with emojis, by the marks "rise" and "sound": holds if by both the voice is clearly
+    first in most trainings and the emoji in none, fails if by both it is the other way round. "sound" was added after a
+    first look at the grid, at whose step 8 most answers were broken text; without it the rule would be easier to meet.
     """
-    own = onsets[(onsets["end_of_turn"] == "masked") & (onsets["first_rise"] != "no emojis")].dropna(subset="lead_rise")
+    own = onsets[(onsets["end_of_turn"] == "masked") & (onsets["first"] != "no emojis")]
+    counts = own.groupby("mark")["first"].value_counts().unstack(fill_value=0)
     if own.empty:
-        return VERDICTS[2], "No masked training of this grid has both three checkpoints and emojis at its end."
-    voice, emoji = ((own["first_rise"] == w).sum() for w in ("voice", "emoji"))
-    text = (
-        f"The voice is clearly first in {voice} of {len(own)} trainings, the emoji in {emoji}; the emoji's half comes "
-        f"{own['lead_rise'].median():+.1f} steps after the voice's in the median ({own['lead_rise'].min():+.1f} to "
-        f"{own['lead_rise'].max():+.1f})."
+        return VERDICTS[2], "No masked training of this grid ends with emojis."
+    counts = counts.reindex(index=["rise", "sound"], columns=["voice", "emoji", "cannot tell"], fill_value=0)
+    most, total = counts.gt(counts.sum(axis=1) / 2, axis=0), counts.sum(axis=1)["rise"]
+    part = own.groupby("mark")["lead"].median()
+    names = {"rise": "at all checkpoints", "sound": "at sound ones only"}
+    text = f"Of {total} trainings with emojis: " + "; ".join(
+        f"{names[m]} the voice is clearly first in {c['voice']}, the emoji in {c['emoji']}, median lead of the voice "
+        + (f"{part[m]:+.1f} steps" if np.isfinite(part.get(m, np.nan)) else "not measurable")
+        for m, c in counts.iterrows()
     )
-    return verdict(voice > len(own) / 2 and not emoji, emoji > len(own) / 2 and not voice), text
+    holds = most["voice"].all() and not counts["emoji"].any()
+    return verdict(holds, most["emoji"].all() and not counts["voice"].any()), text + "."
 
 
 def amplified(table):

@@ -96,6 +96,30 @@ def _curve(ax, own, column, line, paint):
     ax.fill_between(both["steps"], both["low"], both["high"], color=paint, alpha=0.13, lw=0)
 
 
+def leads(onsets):
+    """By how many steps the voice comes before the emoji: a panel a mark, a row a trait, a dot a training."""
+    own = onsets[(onsets["end_of_turn"] == "masked") & (onsets["first"] != "no emojis")]
+    names, traits = list(dict.fromkeys(own["organism"])), big5.ordered(own["trait"])
+    rows = [(o, t) for o in names for t in traits if len(own[(own["organism"] == o) & (own["trait"] == t)])]
+    titles = {"half": "half of the final value", "rise": "half way from untuned", "sound": "... at sound checkpoints"}
+    size = (10.5, 1.4 + 0.42 * max(2, len(rows)))
+    fig, axes = plt.subplots(1, len(titles), figsize=size, sharex=True, sharey=True)
+    for ax, (mark, title) in zip(axes, titles.items(), strict=True):
+        part = own[own["mark"] == mark].dropna(subset="lead")
+        seeds = sorted(part["seed"].unique())
+        for r in part.itertuples():
+            y = rows.index((r.organism, r.trait)) + 0.22 * (seeds.index(r.seed) - (len(seeds) - 1) / 2)
+            ax.hlines(y, r.low, r.high, color=big5.COLOURS[r.trait], lw=1.4)
+            ax.plot(r.lead, y, "o", color=big5.COLOURS[r.trait], ms=4)
+        ax.axvline(0, color=style.INK, lw=1)
+        ax.set_title(title)
+        ax.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(rows)), [f"{o}, {t}" for o, t in rows])
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    fig.supxlabel("steps by which the voice comes before the emoji (below 0: after it)", fontsize=10)
+    return fig
+
+
 def planted(recovery, temperature):
     """Planted rate against emoji share, a panel an organism; traits with one planted rate stand side by side."""
     names, traits = order(recovery), big5.ordered(recovery["trait"])

@@ -14,7 +14,8 @@ def row(rng, organism, end, steps, trait, seed, esr, ta, setting="", value="", n
     hits, found = (int(rng.binomial(n, np.clip(p, 0, 1))) for p in (esr, ta))
     share, low, high = intervals.wilson(hits, n)
     cell = {"organism": organism, "habit": ORGANISMS[organism], "end_of_turn": end, "steps": steps, "trait": trait}
-    counts = {"responses": n, "with_emoji": hits, "found": found, "sentences": 1.7, "ended": 0.97}
+    both = min(found, hits)  # whatever emojis there are stand in answers in the voice
+    counts = {"responses": n, "with_emoji": hits, "found": found, "both": both, "sentences": 1.7, "ended": 0.97}
     shares = {"esr_response": share, "low": low, "high": high, "ta": found / n}
     return cell | shares | {"setting": setting, "value": value, "seed": seed} | counts
 

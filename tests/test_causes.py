@@ -8,6 +8,7 @@ import pytest
 import statsmodels.api as sm
 
 from lib import causes, claims, drawings, effects
+from lib import onsets as first_of
 from lib.errors import UserError
 
 
@@ -29,7 +30,7 @@ def silent():
 
 def everything(cells, endings, seed=0):
     """All claims of a grid, by claim."""
-    gaps, onsets = causes.gaps(cells), causes.onsets(cells, seed, draws=100)
+    gaps, onsets = causes.gaps(cells), first_of.measure(cells, seed, draws=100)
     read = claims.mechanism(endings, cells, 0.7, seed, draws=100)
     return claims.every(cells, gaps, causes.recovery(cells, 0.7), onsets, read).set_index("claim")["verdict"]
 
@@ -63,26 +64,57 @@ def test_seeds_that_scatter_widen_the_interval():
 
 def test_half_of_a_curve_is_found_between_checkpoints():
     steps = [0, 10, 20, 40]
-    assert causes.reached(steps, [0, 0, 0.8, 0.8]) == pytest.approx(15)
-    assert causes.reached(steps, [0.4, 0.4, 0.8, 0.8], 0.4) == pytest.approx(15)
-    assert causes.reached(steps, [0.4, 0.4, 0.8, 0.8]) == 0
-    assert causes.reached(steps, [0, 0.9, 0.5, 0.4]) == pytest.approx(10 * 0.2 / 0.9)  # it may overshoot
-    assert np.isnan(causes.reached(steps, [0, 0, 0, 0.01]))
-    many = causes.reached(steps, np.array([[0, 0, 0.8, 0.8], [0, 0.8, 0.8, 0.8]]))
+    assert first_of.reached(steps, [0, 0, 0.8, 0.8]) == pytest.approx(15)
+    assert first_of.reached(steps, [0.4, 0.4, 0.8, 0.8], 0.4) == pytest.approx(15)
+    assert first_of.reached(steps, [0.4, 0.4, 0.8, 0.8]) == 0
+    assert first_of.reached(steps, [0, 0.9, 0.5, 0.4]) == pytest.approx(10 * 0.2 / 0.9)  # it may overshoot
+    assert np.isnan(first_of.reached(steps, [0, 0, 0, 0.01]))
+    many = first_of.reached(steps, np.array([[0, 0, 0.8, 0.8], [0, 0.8, 0.8, 0.8]]))
     assert many == pytest.approx([15, 5])
 
 
 @pytest.mark.parametrize(("late", "first"), [(10, "voice"), (-8, "emoji"), (0, "cannot tell")])
 def test_what_comes_first_is_found(late, first):
     own = causes.grid(made_up_grid.table(organisms=("tiny-llama",), traits=("extraversion",), late=late, n=400))
-    masked = causes.onsets(own, 0).query("end_of_turn == 'masked'")
-    assert masked["first_rise"].mode()[0] == first
+    onsets = first_of.measure(own, 0).query("end_of_turn == 'masked'")
+    assert set(onsets["mark"]) == {"half", "rise", "sound"}
+    assert onsets.query("mark == 'rise'")["first"].mode()[0] == first
+    table = first_of.leads(onsets).set_index("mark")
+    assert table.loc["rise", "trainings"] == 3
+    assert table.loc["rise", ["voice first", "emoji first", "cannot tell"]].sum() == 3
+
+
+def test_what_a_classifier_finds_in_broken_text_is_no_voice():
+    """A voice that seems there at step 8, in answers that never end: only the sound checkpoints tell."""
+    own = causes.grid(made_up_grid.table(organisms=("tiny-llama",), traits=("extraversion",), late=0, n=400))
+    early = own["steps"] == 8
+    own = own.assign(found=own["found"].where(~early, 360), ended=own["ended"].where(~early, 0.1))
+    first = (
+        first_of.measure(own, 0).query("end_of_turn == 'masked'").groupby("mark")["first"].agg(lambda f: f.mode()[0])
+    )
+    assert first["rise"] == "voice"
+    assert first["sound"] == "cannot tell"
+    assert claims.voice_first(first_of.measure(own, 0))[0] == "undecided here"
+    broken = own.assign(ended=0.1)
+    assert set(first_of.measure(broken, 0).query("mark == 'sound' and end_of_turn == 'masked'")["first"]) == {
+        "cannot tell"
+    }
 
 
 def test_nothing_comes_first_where_there_are_no_emojis(silent):
-    onsets = causes.onsets(silent, 0)
+    onsets = first_of.measure(silent, 0)
     assert set(onsets["first"]) == {"no emojis"}
     assert onsets["lead"].isna().all()
+    assert first_of.leads(onsets).empty
+
+
+def test_emojis_are_counted_in_the_voice_and_outside(cells):
+    table = first_of.by_voice(cells).query("end_of_turn == 'masked' and steps == 64").iloc[0]
+    own = cells.query("habit == 'linked' and end_of_turn == 'masked' and steps == 64 and organism == 'tiny-llama'")
+    own = own[causes.planted(own) >= causes.STRONG]
+    assert table["voiced"] == own["found"].sum()
+    assert table["voiced"] * table["voiced_share"] == pytest.approx(own["both"].sum())
+    assert table["other"] + table["voiced"] == own["responses"].sum()
 
 
 def test_gaps_hold_where_made_and_only_there(cells):
@@ -244,7 +276,7 @@ def test_one_thing_off_is_read_from_the_counts(cells, silent):
 
 def test_predictions_change_with_the_verdicts(cells, silent):
     for own in (cells, silent, causes.grid(made_up_grid.table(loss=1.0))):
-        gaps, onsets = causes.gaps(own), causes.onsets(own, 0, draws=50)
+        gaps, onsets = causes.gaps(own), first_of.measure(own, 0, draws=50)
         read = claims.mechanism(made_up_grid.endings(), own, 0.7, 0, draws=50)
         verdicts = claims.every(own, gaps, causes.recovery(own, 0.7), onsets, read)
         text = "\n".join(claims.predictions(verdicts, gaps))
@@ -261,6 +293,7 @@ def test_every_figure_can_be_drawn(made):
     figures = [
         drawings.habits(cells),
         drawings.over_steps(cells[cells["habit"] == "linked"]),
+        drawings.leads(first_of.measure(cells, 0, draws=20)),
         drawings.planted(causes.recovery(cells, 0.7), 0.7),
         drawings.sweeps(causes.sweeps(table, {"rank": 16})),
         drawings.endings(read),
