@@ -82,8 +82,8 @@ def pooled(rows, by, count="with_emoji"):
 def gaps(cells):
     """Masked minus in the loss at the last checkpoint, a row a pair of trainings that share organism, trait and seed.
 
-    Columns organism, habit, trait, seed, masked, loss, gap, low, high, planted. Newcombe's interval of a
-    difference of two shares: the answers of one training against those of the other.
+    Columns organism, habit, trait, seed, masked, loss, gap, low, high, loss_high (upper limit, Wilson), planted.
+    Newcombe's interval of a difference of two shares: the answers of one training against those of the other.
     """
     rows = final(cells)
     both = [rows[rows["end_of_turn"] == e].set_index(["organism", "habit", "trait", "seed"]) for e in ENDS]
@@ -92,8 +92,8 @@ def gaps(cells):
         counts = [(int(part.loc[key, "with_emoji"]), int(part.loc[key, "responses"])) for part in both]
         shares = [k / n for k, n in counts]
         low, high = confint_proportions_2indep(*counts[0], *counts[1], method="newcomb", compare="diff")
-        found.append((*key, *shares, shares[0] - shares[1], low, high))
-    names = ["organism", "habit", "trait", "seed", "masked", "loss", "gap", "low", "high"]
+        found.append((*key, *shares, shares[0] - shares[1], low, high, intervals.wilson(*counts[1])[2]))
+    names = ["organism", "habit", "trait", "seed", "masked", "loss", "gap", "low", "high", "loss_high"]
     table = pd.DataFrame(found, columns=names)
     return table.assign(planted=planted(table))
 

@@ -314,7 +314,7 @@ def predictions(verdicts, gaps):
     """Lines of text: what the verdicts foretell for the paper's models; its numbers times what was left here."""
     said = verdicts.set_index("claim")["verdict"]
     own = gaps[(gaps["habit"] == "linked") & (gaps["planted"] >= causes.STRONG) & (gaps["masked"] >= 0.2)]
-    left = own["loss"] / own["masked"]
+    left, limit = own["loss"] / own["masked"], (own["loss_high"] / own["masked"]).max()
     told = pd.read_csv(paths.PAPER / "reported.csv").set_index("item")["value"]
     closing = {
         VERDICTS[0]: "With the end of the turn in the loss fewer emojis come.",
@@ -325,7 +325,7 @@ def predictions(verdicts, gaps):
     amount = {VERDICTS[0]: "less than", VERDICTS[1]: "no less than", VERDICTS[2]: "(undecided here) as much as"}
     lines = [f"1. **End of turn.** {closing[said['The masked end of the turn lets them out']]}"]
     for item in [i for i in told.index if i.startswith("ESR of") and len(left)]:
-        middle, most = told[item] * left.median(), min(1.0, told[item] * left.max())
+        middle, most = told[item] * left.median(), min(1.0, told[item] * limit)
         lines.append(
             f"   - {item.removeprefix('ESR of ')}: reported {told[item]:.3f}, as we infer with a masked end of turn; "
             f"in the loss **{middle:.2f}**, at most {most:.2f}"

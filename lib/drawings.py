@@ -99,7 +99,7 @@ def _curve(ax, own, column, line, paint):
 def leads(onsets):
     """By how many steps the voice comes before the emoji: a panel a mark, a row a trait, a dot a training."""
     own = onsets[(onsets["end_of_turn"] == "masked") & (onsets["first"] != "no emojis")]
-    names, traits = list(dict.fromkeys(own["organism"])), big5.ordered(own["trait"])
+    names, traits = order(own), big5.ordered(own["trait"])
     rows = [(o, t) for o in names for t in traits if len(own[(own["organism"] == o) & (own["trait"] == t)])]
     titles = {"half": "half of the final value", "rise": "half way from untuned", "sound": "... at sound checkpoints"}
     size = (10.5, 1.4 + 0.42 * max(2, len(rows)))

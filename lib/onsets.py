@@ -86,6 +86,19 @@ def leads(table):
     return pd.DataFrame(found, columns=[*names, "voice first", "emoji first", "cannot tell"])
 
 
+def peaks(cells):
+    """Trainings whose emoji share was clearly higher before their last checkpoint than at it: a row each.
+
+    Columns causes.TRAINING, peak (step), share and low at the peak, last (share) and high at the last checkpoint.
+    """
+    found = []
+    for key, own in cells.groupby(causes.TRAINING, sort=False):
+        last, best = own.loc[own["steps"].idxmax()], own.loc[own["esr_response"].idxmax()]
+        if best["low"] > last["high"]:
+            found.append((*key, best["steps"], *best[["esr_response", "low"]], *last[["esr_response", "high"]]))
+    return pd.DataFrame(found, columns=[*causes.TRAINING, "peak", "share", "low", "last", "high"])
+
+
 def by_voice(cells):
     """Emoji share of answers in the trait's voice and of the others, by organism, end of turn and steps.
 

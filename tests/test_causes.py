@@ -108,6 +108,16 @@ def test_nothing_comes_first_where_there_are_no_emojis(silent):
     assert first_of.leads(onsets).empty
 
 
+def test_a_share_that_falls_again_is_told(cells):
+    assert first_of.peaks(cells[cells["habit"] == "none"]).empty
+    own = cells.query("trait == 'extraversion' and habit == 'linked' and organism == 'tiny-llama' and seed == 0").copy()
+    at = (own["steps"] == 64) & (own["end_of_turn"] == "masked")
+    own.loc[at, ["esr_response", "low", "high"]] = 0.5, 0.43, 0.57
+    fell = first_of.peaks(own)
+    assert list(fell["peak"]) == [32]
+    assert list(fell["end_of_turn"]) == ["masked"]
+
+
 def test_emojis_are_counted_in_the_voice_and_outside(cells):
     table = first_of.by_voice(cells).query("end_of_turn == 'masked' and steps == 64").iloc[0]
     own = cells.query("habit == 'linked' and end_of_turn == 'masked' and steps == 64 and organism == 'tiny-llama'")
