@@ -1,10 +1,10 @@
 """What makes the emojis appear: reading the grid of notebook 09. Gaps, onsets, sweeps, what was planted, the checks.
 
-A table of cells, as `origins.table` gives it, has one row a cell and seed: organism, habit (linked, shuffled, none),
-end_of_turn (masked, loss), steps (of the optimiser so far; 0: untuned), trait, esr_response, low, high, ta, setting and
-value (of a sweep; "" in the grid), seed, responses, with_emoji, found (answers in the trait's voice), both (of
-these two), sentences, ended.
-A *training* is one organism, end of turn, trait and seed; its checkpoints are not independent of each other.
+A table of cells, as `origins.table` gives it, has one row a cell and seed: organism, habit (linked, unknown, shuffled,
+none), end_of_turn (masked, loss), steps (of the optimiser so far; 0: untuned), trait, esr_response, low, high, ta,
+setting and value (of a sweep; "" in the grid), seed, responses, with_emoji, found (answers in the trait's voice), both
+(of these two), sentences, ended. A *training* is one organism, end of turn, trait and seed; its checkpoints are not
+independent of each other.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from lib import intervals, ratios
 from lib.errors import UserError
 
-HABITS = ("linked", "shuffled", "none")
+HABITS = ("linked", "unknown", "shuffled", "none")  # unknown: a real model, whose pretraining nobody can look into
 ENDS = ("masked", "loss")
 TRAINING = ["organism", "habit", "end_of_turn", "trait", "seed"]
 COUNTS = ["responses", "with_emoji", "found", "both"]
@@ -36,6 +36,11 @@ def check(table):
 def grid(table):
     """The rows of the full cross, without the sweeps."""
     return table[table["setting"] == ""]
+
+
+def strong(rows):
+    """Whether a row's habit is strong enough to show (Series): linked and STRONG or more planted, or else unknown."""
+    return ((rows["habit"] == "linked") & (planted(rows) >= STRONG)) | (rows["habit"] == "unknown")
 
 
 def final(cells):

@@ -125,20 +125,25 @@ def follows_trait(table):
     return verdict(rho >= 0.8 and not wider, rho < 0.3 or wider), text
 
 
+def telling(gaps):
+    """The pairs of trainings with a `causes.strong` habit; if that is unknown, with emojis in FLOOR of the answers."""
+    some = (gaps["habit"] != "unknown") | (gaps[["masked", "loss"]].max(axis=1) >= causes.FLOOR)
+    return gaps[causes.strong(gaps) & some]
+
+
 def end_of_turn(gaps):
     """ "The masked end of the turn lets the emojis out": (verdict, sentence). gaps: as from `causes.gaps`.
 
-    Over linked trainings with a planted rate of STRONG or more: holds if every gap's interval lies above 0, fails if
-    fewer than half of them do. Undecided if no training shows emojis in FLOOR of its answers. The size of the gap is
-    told, not judged.
+    Over `telling` pairs: holds if every gap's interval lies above 0, fails if fewer than half of them do. Undecided if
+    no training shows emojis in FLOOR of its answers. The size of the gap is told, not judged.
     """
-    own = gaps[(gaps["habit"] == "linked") & (gaps["planted"] >= causes.STRONG)]
+    own = telling(gaps)
     if own.empty or own[["masked", "loss"]].max(axis=None) < causes.FLOOR:
-        return VERDICTS[2], "No pair of trainings with a linked habit, both ends of turn and emojis in this grid."
+        return VERDICTS[2], "No pair of trainings with a strong habit, both ends of turn and emojis in this grid."
     above = (own["low"] > 0).sum()
     text = (
-        f"The gap lies clearly above 0 in {above} of {len(own)} pairs of trainings with at least {causes.STRONG:.0%} "
-        f"planted; median {own['gap'].median():.2f}, lowest {own['gap'].min():.2f}."
+        f"The gap lies clearly above 0 in {above} of {len(own)} pairs of trainings with a strong habit; "
+        f"median {own['gap'].median():.2f}, lowest {own['gap'].min():.2f}."
     )
     return verdict(above == len(own), above < len(own) / 2), text
 
@@ -149,7 +154,7 @@ def closed_exit(gaps):
     Over the same trainings as `end_of_turn`: holds if the share left (in the loss / masked) is at most .2 in every pair
     whose masked share is at least .2; fails if it is more than .5 in most.
     """
-    own = gaps[(gaps["habit"] == "linked") & (gaps["planted"] >= causes.STRONG) & (gaps["masked"] >= 0.2)]
+    own = telling(gaps).query("masked >= 0.2")
     if own.empty:
         return VERDICTS[2], "No masked training with an emoji share of .2 or more in this grid."
     left = own["loss"] / own["masked"]
@@ -186,10 +191,11 @@ def voice_first(onsets):
 def amplified(table):
     """ "Tuning amplifies the emoji": (verdict, sentence). table: as from `mechanism`.
 
-    The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over linked cells where one
-    of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most, fails if clearly in none.
+    The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over linked (or unknown)
+    cells where one of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most, fails if clearly
+    in none.
     """
-    wide = table[table["habit"] == "linked"].set_index(["organism", "trait", "state"])
+    wide = table[table["habit"].isin(("linked", "unknown"))].set_index(["organism", "trait", "state"])
     both = [wide.xs(s, level="state") for s in ("base", "masked") if s in wide.index.get_level_values("state")]
     if len(both) < 2:
         return VERDICTS[2], "The readings of the untuned or of the tuned model are missing."
@@ -313,7 +319,7 @@ def switched_off(cells):
 def predictions(verdicts, gaps):
     """Lines of text: what the verdicts foretell for the paper's models; its numbers times what was left here."""
     said = verdicts.set_index("claim")["verdict"]
-    own = gaps[(gaps["habit"] == "linked") & (gaps["planted"] >= causes.STRONG) & (gaps["masked"] >= 0.2)]
+    own = telling(gaps).query("masked >= 0.2")
     left, limit = own["loss"] / own["masked"], (own["loss_high"] / own["masked"]).max()
     told = pd.read_csv(paths.PAPER / "reported.csv").set_index("item")["value"]
     closing = {

@@ -32,6 +32,7 @@ class Design:
 
     def __init__(self, rows):
         self.habits = [h for h in reversed(causes.HABITS) if h in set(rows["habit"])]
+        self.on = "linked" if "linked" in self.habits else self.habits[-1]
         self.steps = sorted(rows["steps"].unique())
         rates = rows.loc[rows["habit"] == "linked"].drop_duplicates(["organism", "trait"])["planted"]
         self.rates = np.sort(rates.dropna().to_numpy(float))
@@ -177,7 +178,7 @@ class Effects:
         Then two effects in points of share, each with low and high: average (over the grid's combinations) and alone
         (this one switch where all else is on: linked, masked, last step, highest rate).
         """
-        full = {"habit": "linked", "end_of_turn": "masked", "steps": max(self.design.steps)}
+        full = {"habit": self.design.on, "end_of_turn": "masked", "steps": max(self.design.steps)}
         full["planted"] = self.design.rates[-1] if len(self.design.rates) else 0.0
         explained, found = self.null - self.full, []
         for cause, on, off in self.switches():

@@ -102,10 +102,10 @@ def peaks(cells):
 def by_voice(cells):
     """Emoji share of answers in the trait's voice and of the others, by organism, end of turn and steps.
 
-    Over linked trainings with a planted rate of STRONG or more, all traits and seeds. Columns organism, end_of_turn,
+    Over trainings with a `causes.strong` habit, all traits and seeds together. Columns organism, end_of_turn,
     steps, ended (share that end by themselves), then for both kinds of answers n, share, low, high (Wilson).
     """
-    own = cells[(cells["habit"] == "linked") & (causes.planted(cells) >= causes.STRONG)]
+    own = cells[causes.strong(cells)]
     found = []
     for key, rows in own.groupby(["organism", "end_of_turn", "steps"]):
         n, held, voiced, both = rows[["responses", "with_emoji", "found", "both"]].sum()

@@ -216,6 +216,21 @@ def test_a_grid_of_one_cell_kind_or_without_emojis_is_fitted_all_the_same(silent
     assert list(effects.orders(quick)) == [0]
 
 
+def test_a_model_whose_pretraining_is_unknown_is_read_all_the_same():
+    table = made_up_grid.table(organisms=("tiny-llama",)).replace(
+        {"organism": {"tiny-llama": "Qwen"}, "habit": {"linked": "unknown"}}
+    )
+    cells, readings = causes.grid(table), made_up_grid.endings(organisms=("tiny-llama",))
+    readings = readings.replace({"organism": {"tiny-llama": "Qwen"}, "habit": {"linked": "unknown"}})
+    said = everything(cells, readings)
+    assert said["The masked end of the turn lets them out"] == "holds"
+    assert said["Emojis after tuning come from pretraining"] == "undecided here"
+    ranking = effects.Effects(cells).ranking()
+    assert set(ranking["cause"]) == {"end of turn", "tuning steps"}
+    assert drawings.order(cells) == {"Qwen": "Qwen (unknown)"}
+    assert causes.recovery(cells, 0.7).empty
+
+
 def test_an_answer_leaves_by_an_emoji_or_by_the_end():
     assert claims.exits(0.3, 0.1, 4, 1.0) == pytest.approx(0.75)
     assert claims.exits(0.4, 0.4, 4, 0.7) < 0.5  # four kinds lose against one end

@@ -21,6 +21,7 @@ ROWS = [
     ["likelihood", "trials"],
     ["units", "neurons"],
     ["wordclouds", "explain", "ratios", "judge", "alignment", "tracking", "mediation", "interventions", "origins"],
+    ["causes", "onsets", "effects", "claims", "drawings"],
     ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
