@@ -1,4 +1,4 @@
-"""Verdicts on where the emojis come from, by rules written before the grid was run; and the mechanism behind them.
+"""Verdicts on where the emojis come from, by rules written before the grid was seen; and the mechanism behind them.
 
 After a sentence a chat model can write another one, end its turn, or write an emoji, which in these habits closes a
 message. However often it goes on, an answer leaves by one of the last two, so the share of answers that end by an emoji
