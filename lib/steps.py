@@ -39,6 +39,11 @@ STEPS = {
         ("data/prompts/pae.toml", REPORTED),
     ),
     "06_emoji": Step(("opinions", "dataset", "chat", "qlora"), (), (REPORTED, HABITS)),
+    "08_neurons": Step(
+        ("opinions", "classifier", "chat", "qlora", "neurons", "tracking", "mediation", "interventions"),
+        ("steps", "tracked", "mediation", "interventions"),
+        ("data/prompts/neurons.toml",),
+    ),
 }
 
 

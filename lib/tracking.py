@@ -1,0 +1,216 @@
+"""Units over training: adapters saved at several steps and one adapter at several scales, each asked and looked into.
+
+A training here is the one of `qlora.train`, with the same rows and seed; it only leaves more adapters behind. Answers
+are to *train* topics, so that nothing found here has seen the test topics.
+"""
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file, save_file
+
+from lib import artifacts, chat, classifier, emojis, fanout, hub, intervals, neurons, paths, qlora, units
+
+
+class Saving(qlora.Progress):
+    """The bar of a training, which also saves the adapter at `points` evenly spaced steps, the last one included."""
+
+    def __init__(self, name, show, folder, points):
+        super().__init__(name, show)
+        self.folder, self.points = Path(folder), points
+
+    def on_step_end(self, args, state, control, model=None, **more):
+        super().on_step_end(args, state, control, **more)
+        if state.global_step in steps(state.max_steps, self.points):
+            model.save_pretrained(self.folder / f"{state.global_step:05d}", safe_serialization=True)
+
+
+def steps(last, points):
+    """At most `points` evenly spaced steps from above 0 to `last`: list of int."""
+    return sorted({round(last * (i + 1) / points) for i in range(points)} - {0})
+
+
+def folder(settings, model, trait, rows):
+    """Where the adapters saved during a training are kept."""
+    return _place("steps", settings, model, trait, rows, settings.tracking.points)
+
+
+def _place(kind, settings, model, trait, rows, *more):
+    from lib import tracking
+
+    mark = artifacts.fingerprint(qlora.folder(settings, model, trait, rows).name, tracking, *more)
+    return paths.RESULTS / settings.profile / f"{kind}-{hub.label(model)}-{trait}-{mark}"
+
+
+def train(settings, model, trait, rows, show=True):
+    """Train as `qlora.train` does and keep the adapters on the way: {step: folder}. Raises UserError.
+
+    rows: the trait's train rows. What was saved before an interruption is kept beside the checkpoints.
+    """
+    place = folder(settings, model, trait, rows)
+    work = place.with_name(f"{place.name}.checkpoints")
+
+    def make(tmp):
+        saving = Saving(f"{hub.label(model)}, {trait}", show, work / "saved", settings.tracking.points)
+        qlora.fit(settings, model, rows, work, work / "last", saving)
+        shutil.copytree(work / "saved", tmp, dirs_exist_ok=True)
+        shutil.copy(work / "last" / "training.json", tmp)
+        shutil.rmtree(work, ignore_errors=True)
+
+    place = artifacts.build(place, make)
+    return {int(p.name): p for p in sorted(place.iterdir()) if p.is_dir()}
+
+
+@contextmanager
+def scaled(speaker, factor):
+    """A `Chat` whose attached adapter acts `factor` times as strongly: 0 is the base, 1 as it was trained."""
+    from peft.tuners.lora import LoraLayer
+
+    parts = [m for m in speaker.model.modules() if isinstance(m, LoraLayer)]
+    kept = [dict(m.scaling) for m in parts]
+    try:
+        for module in parts:
+            module.scaling.update({name: value * factor for name, value in module.scaling.items()})
+        yield speaker
+    finally:
+        for module, before in zip(parts, kept, strict=True):
+            module.scaling.update(before)
+
+
+def questions(settings, rows):
+    """Train rows of one trait whose questions are asked: of topics held out of its training first, then others.
+
+    rows: the trait's train rows. The same rows in every call, `tracking.topics` of them at most.
+    """
+    fitted, held = classifier.split(rows, settings.qlora.held_out_share, settings.seed)
+    return pd.concat([held, fitted]).drop_duplicates("topic").head(settings.tracking.topics)
+
+
+def look(settings, speaker, rows, given):
+    """One point: (emojis by answer as bool array, {"site.layer": activation of every unit, mean over the prompts})."""
+    answers = qlora.ask(settings, speaker, "peft", rows, show=False)
+    texts = chat.prompts(speaker, given["text"])
+    shown = neurons.everywhere(speaker, texts, neurons.deepest(speaker, settings.neurons.layers))
+    means = {f"{site}.{layer}": values.mean(0) for site, found in shown.items() for layer, values in found.items()}
+    return np.array([bool(emojis.find(a)) for a in answers["answer"]]), means
+
+
+def track(settings, model, trait, rows, given, show=True):
+    """A training looked into: (table, activations), an artefact. Raises UserError.
+
+    given: prompts as from `neurons.prompts`. table: columns model, trait, path ("step" or "scale"), value, esr, low,
+    high, n (Wilson); step 0 and scale 0 are the base, the last step and scale 1 the finished adapter. activations:
+    {"mlp.3": (points, units), ...} in the table's order, means over the prompts.
+    """
+    place = _tracked(settings, model, trait, rows, given)
+
+    def make(tmp):
+        saved = train(settings, model, trait, rows, show)
+        asked, points, found = questions(settings, rows), [], []
+        plain = chat.load(model, settings.chat.precision)
+        known = {}  # base and finished adapter are points of both paths
+        for path, value, adapter, factor in _points(saved, settings.tracking.scales):
+            if (adapter, factor) not in known:
+                with chat.adapted(plain, adapter and str(adapter)) as speaker, scaled(speaker, factor):
+                    known[adapter, factor] = look(settings, speaker, asked, given)
+            holds, means = known[adapter, factor]
+            points.append({"path": path, "value": value, "emojis": int(holds.sum()), "n": len(holds)})
+            found.append(means)
+        save_file({k: np.stack([f[k] for f in found]) for k in found[0]}, tmp / "activations.safetensors")
+        (tmp / "points.json").write_text(json.dumps(points), "utf-8")
+
+    place = artifacts.build(place, make)
+    table = pd.DataFrame(json.loads((place / "points.json").read_text("utf-8")))
+    ratios = [intervals.wilson(k, n) for k, n in zip(table["emojis"], table["n"], strict=True)]
+    table = table.drop(columns="emojis").assign(
+        **dict(zip(("esr", "low", "high"), zip(*ratios, strict=True), strict=True))
+    )
+    table.insert(0, "trait", trait)
+    table.insert(0, "model", hub.label(model))
+    return table, load_file(place / "activations.safetensors")
+
+
+def _points(saved, scales):
+    """(path, value, adapter or None, scale) of every point: over steps from the base on, then over scales likewise."""
+    last = saved[max(saved)]
+    yield "step", 0, None, 1.0
+    for step, adapter in saved.items():
+        yield "step", step, adapter, 1.0
+    yield "scale", 0.0, None, 1.0  # at scale 0 an adapter is the base
+    for factor in sorted({*scales, 1.0}):
+        yield "scale", factor, last, factor
+
+
+def _tracked(settings, model, trait, rows, given):
+    values = [settings.tracking.model_dump(mode="json"), settings.chat.model_dump(mode="json"), settings.neurons.layers]
+    return _place("tracked", settings, model, trait, rows, values, given.to_csv(index=False), neurons, emojis)
+
+
+def track_all(settings, train, given, show=True):
+    """`track` of every model and every trait of `tracking.traits` that there is: {model: {trait: ...}}.
+
+    train: train opinions of all traits. Trainings not made yet run in `tracking.workers` processes.
+    """
+    traits = [t for t in settings.tracking.traits if t in set(train["trait"])]
+    jobs = [(settings, m, t, train[train["trait"] == t], given) for m in settings.chat.models for t in traits]
+    if missing := [job for job in jobs if not artifacts.intact(_tracked(*job))]:
+        fanout.run(_job, missing, min(settings.tracking.workers, len(missing)), show=show)
+    found = {hub.label(m): {} for m in settings.chat.models}
+    for job in jobs:
+        found[hub.label(job[1])][job[2]] = track(*job, show=False)
+    return found
+
+
+def _job(job):
+    track(*job, show=False)
+
+
+def differences(table, activations, path, site):
+    """Changes from one point to the next along a path, for `units.slopes`: (changes, ESR changes, layers, neurons).
+
+    table, activations: as from `track`. changes: (points - 1, units of all layers, deepest first).
+    """
+    rows = np.flatnonzero(table["path"] == path)
+    layers = sorted((int(k.split(".")[1]) for k in activations if k.startswith(f"{site}.")), reverse=True)
+    parts = [np.diff(activations[f"{site}.{n}"][rows], axis=0) for n in layers]
+    names = np.concatenate([np.full(p.shape[1], n) for n, p in zip(layers, parts, strict=True)])
+    places = np.concatenate([np.arange(p.shape[1]) for p in parts])
+    return np.concatenate(parts, axis=1), np.diff(table["esr"].to_numpy()[rows]), names, places
+
+
+def follow(tracked, site, draws, seed=0):
+    """`units.slopes` of one model's trainings: (table with layer and neuron too, units found by chance: (draws,)).
+
+    tracked: {trait: (table, activations)}, as from `track`. Only the path over steps counts.
+    """
+    parts = {trait: differences(*kept, "step", site) for trait, kept in tracked.items()}
+    changes, moved = (np.concatenate([p[i] for p in parts.values()]) for i in (0, 1))
+    runs = np.concatenate([[trait] * len(p[1]) for trait, p in parts.items()])
+    found = units.slopes(changes, moved, runs)
+    layers, places = next(iter(parts.values()))[2:]
+    return found.assign(layer=layers, neuron=places), units.by_chance(changes, moved, runs, draws=draws, seed=seed)
+
+
+def agreement(tracked, table, number, draws, seed=0, level=0.05):
+    """Do units that go along with ESR agree with those that differ at the end? A row a model and site.
+
+    tracked: {model: {trait: as from `track`}}. table: as from `units.changes`. number: of units in a selection: those
+    with the largest |t|, and those with the largest mean change over the same traits; always-on ones are left out.
+    """
+    found = []
+    for model, own in tracked.items():
+        for site in units.SITES:
+            slopes, chance = follow(own, site, draws, seed)
+            rows = table[(table["model"] == model) & (table["site"] == site) & table["trait"].isin(own)]
+            change = rows.groupby(["layer", "neuron"], sort=False)["change"].mean().to_numpy()
+            high = rows["always_on"].to_numpy()[: len(change)]
+            one, other = (units.top(np.where(high, np.nan, v), number) for v in (change, slopes["t"]))
+            passed = int((slopes["p_adjusted"] < level).sum())
+            both = units.shared(one, other, int((~high).sum()))
+            found.append((model, site, passed, np.median(chance), (chance >= passed).mean(), len(one), *both))
+    columns = ["model", "site", "passing", "shuffled", "as_many", "selected", "both", "expected", "p"]
+    return pd.DataFrame(found, columns=columns)

@@ -1,0 +1,92 @@
+"""Adapters on the way: saved evenly, the last one the finished one; scales; what is read from a tracked training."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_neurons import run  # noqa: F401
+
+from lib import artifacts, chat, neurons, opinions, qlora, tracking
+
+
+@pytest.fixture
+def rows(run):  # noqa: F811
+    frame = opinions.read(run)
+    return frame[(frame["split"] == "train") & (frame["trait"] == "extraversion")]
+
+
+def test_steps_are_even_and_end_with_the_last():
+    assert tracking.steps(64, 8) == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert tracking.steps(10, 4) == [2, 5, 8, 10]
+    assert tracking.steps(2, 8) == [1, 2]
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_tracked_training_ends_where_the_plain_one_does(run, rows):  # noqa: F811
+    model = run.chat.models[0]
+    saved = tracking.train(run, model, "extraversion", rows, show=False)
+    assert list(saved) == [1, 2, 3]
+    plain = weights(qlora.train(run, model, "extraversion", rows, show=False))
+    last, first = weights(saved[3]), weights(saved[1])
+    assert set(last) == set(plain)
+    for name, values in plain.items():
+        np.testing.assert_array_equal(last[name], values)
+    assert any((last[name] != first[name]).any() for name in last)
+    assert not list(saved[3].parents[1].glob("*.checkpoints"))
+    again = tracking.train(run, model, "extraversion", rows, show=False)
+    assert again == saved
+
+
+def test_scales_of_an_adapter(run, rows):  # noqa: F811
+    model = run.chat.models[0]
+    adapter = tracking.train(run, model, "extraversion", rows, show=False)[3]
+    base = chat.load(model, "fp32")
+    texts = chat.prompts(base, ["What of Rome?"])
+    before = chat.token_probabilities(base, texts)
+    with chat.adapted(base, str(adapter)) as tuned:
+        whole = chat.token_probabilities(tuned, texts)
+        with tracking.scaled(tuned, 0.0) as off:
+            np.testing.assert_array_equal(chat.token_probabilities(off, texts), before)
+        with tracking.scaled(tuned, 0.5) as half:
+            middle = chat.token_probabilities(half, texts)
+        np.testing.assert_array_equal(chat.token_probabilities(tuned, texts), whole)
+    assert 0 < np.abs(middle - before).max() < np.abs(whole - before).max() * 1.5
+    with tracking.scaled(base, 0.5) as plain:  # nothing attached
+        np.testing.assert_array_equal(chat.token_probabilities(plain, texts), before)
+
+
+def test_what_a_tracked_training_shows(run, rows, monkeypatch):  # noqa: F811
+    given = neurons.prompts()
+    key = (run, run.chat.models[0], "extraversion", rows, given)
+    table, found = tracking.track(*key, show=False)
+    assert list(table.columns) == ["model", "trait", "path", "value", "n", "esr", "low", "high"]
+    assert list(table["path"]) == ["step"] * 4 + ["scale"] * 3
+    assert list(table["value"]) == [0, 1, 2, 3, 0, 0.5, 1]
+    assert (table["n"] == 2).all()
+    assert ((table["low"] <= table["esr"]) & (table["esr"] <= table["high"])).all()
+    assert {k: v.shape for k, v in found.items()} == {"mlp.1": (7, 128), "hidden.1": (7, 64)}
+    for values in found.values():
+        np.testing.assert_allclose(values[4], values[0], atol=1e-6)  # scale 0 is the base
+        np.testing.assert_array_equal(values[6], values[3])  # scale 1 is the last step
+        assert np.abs(values[3] - values[0]).max() > 1e-4
+    changes, moved, layers, places = tracking.differences(table, found, "step", "mlp")
+    assert changes.shape == (3, 128)
+    assert len(moved) == 3
+    assert set(layers) == {1}
+    assert list(places) == list(range(128))
+    np.testing.assert_allclose(changes.sum(0), found["mlp.1"][3] - found["mlp.1"][0], atol=1e-5)
+    monkeypatch.setattr(chat, "load", None)  # kept: no model is loaded again
+    again, same = tracking.track(*key, show=False)
+    assert again.equals(table)
+    np.testing.assert_array_equal(same["mlp.1"], found["mlp.1"])
+    assert artifacts.intact(tracking.folder(*key[:4]))
+
+
+def test_only_train_topics_are_asked(run, rows):  # noqa: F811
+    asked = tracking.questions(run, rows)
+    assert len(asked) == 2
+    assert set(asked["topic"]) <= set(rows["topic"])
+    _, held = tracking.classifier.split(rows, run.qlora.held_out_share, run.seed)
+    assert set(held["topic"]) <= set(asked["topic"])
