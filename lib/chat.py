@@ -78,6 +78,8 @@ def load(name, precision, adapter=None):
             dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
             quantization_config=_quantisation(precision),
             device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+            # torch's fused attention is slow on a CPU: with it an adapter of an organism takes half as long again
+            attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -256,7 +258,8 @@ def _positions(mask):
 
 def _forward(chat, ids, mask, positions, cache=None, **more):
     """Scores of the next token (rows, vocabulary) in fp32, and the model's output."""
-    extra = {"position_ids": positions, "logits_to_keep": 1, **more}
+    last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # a number would leave a view, which multiplies slowly
+    extra = {"position_ids": positions, "logits_to_keep": last, **more}
     extra = {k: v for k, v in extra.items() if k in chat.arguments}
     output = chat.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **extra)
     scores = output.logits[:, -1].float()
@@ -306,22 +309,29 @@ def _choose(scores, draws, temperature, top_p):
     if temperature == 0:
         return scores.argmax(-1)
     p = (scores / temperature).softmax(-1)
-    mass, ids, last = _nucleus(p, top_p) if top_p < 1 else _everything(p)
+    if top_p >= 1:
+        return _invert(*_everything(p), draws)
+    width, token = min(256, p.shape[-1]), draws.new_zeros(len(p), dtype=torch.long)
+    todo = torch.arange(len(p), device=p.device)
+    while len(todo):  # few rows need many tokens, and sorting all takes longer than a small model's step
+        mass, ids, last, enough = _nucleus(p[todo], top_p, width)
+        token[todo[enough]] = _invert(mass[enough], ids[enough], last[enough], draws[todo[enough]])
+        todo, width = todo[~enough], min(16 * width, p.shape[-1])
+    return token
+
+
+def _invert(mass, ids, last, draws):
+    """The ids at which the running sums `mass`, cut after the place `last`, pass the share `draws` of the whole."""
     at = torch.searchsorted(mass, draws[:, None] * mass.gather(-1, last), right=True)
     return ids.gather(-1, torch.minimum(at, last)).squeeze(-1)
 
 
-def _nucleus(p, top_p, width=256):
-    """Running sums of the falling probabilities, their ids, and the place of the last one kept.
-
-    Only as many as some row needs are sorted: sorting a whole vocabulary takes longer than a small model's step.
-    """
-    while True:
-        values, ids = p.topk(min(width, p.shape[-1]))
-        mass = values.double().cumsum(-1)
-        if width >= p.shape[-1] or bool((mass[:, -1] >= top_p).all()):
-            return mass, ids, (mass < top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
-        width *= 16
+def _nucleus(p, top_p, width):
+    """Of the `width` likeliest tokens a row: running sums, ids, the place of the last one kept; and whether they do."""
+    values, ids = p.topk(width)
+    mass = values.double().cumsum(-1)
+    enough = (mass[:, -1] >= top_p) | (width >= p.shape[-1])
+    return mass, ids, (mass < top_p).sum(-1, keepdim=True).clamp(max=width - 1), enough
 
 
 def _everything(p):

@@ -18,6 +18,32 @@ def _quiet(function, job, count):
     return function(job)
 
 
+def processes(settings):
+    """How many processes at a time: `machine.processes`, or for 0 one a core, and one where there is a GPU.
+
+    A small model gains little from a second thread, so two processes of one thread do more than one of two.
+    """
+    import torch
+
+    return settings.machine.processes or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+
+
+def each(settings, function, arguments, show=True):
+    """`function(*a)` of every tuple of arguments, in their order, in `processes(settings)` processes; see `run`."""
+    arguments = list(arguments)
+    return run(_Call(function), arguments, workers=min(processes(settings), len(arguments) or 1), show=show)
+
+
+class _Call:
+    """A function that takes its arguments as one tuple."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, arguments):
+        return self.function(*arguments)
+
+
 def run(function, jobs, workers=1, cluster="here", logs=None, show=True):
     """`function` of every job, in the order of `jobs`.
 

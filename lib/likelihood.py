@@ -60,7 +60,8 @@ def forward(speaker, items):
     counted = labels != qlora.IGNORED
     first = int(counted.any(0).int().argmax())
     keep = labels.shape[1] - max(first - 1, 0)  # scores further left are of no use: spares much of a long prompt
-    extra = {"logits_to_keep": keep, "use_cache": False}
+    places = torch.arange(labels.shape[1] - keep, labels.shape[1], device=labels.device)
+    extra = {"logits_to_keep": places, "use_cache": False}  # a number would leave a view, which multiplies slowly
     extra = {k: v for k, v in extra.items() if k in speaker.arguments}
     with torch.no_grad():
         scores = speaker.model(**batch, **extra).logits[:, -keep:]

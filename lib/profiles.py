@@ -173,6 +173,32 @@ class Alignment(Section):
     draws: Annotated[int, Field(ge=100)]
 
 
+class Machine(Section):
+    processes: Annotated[int, Field(ge=0)]
+
+
+class Origins(Section):
+    grid: Literal["quick", "full"]
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    topics: Annotated[int, Field(ge=2)]
+
+
+class Grid(Section):
+    traits: Names
+    seeds: Count
+    points: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    control_traits: Names
+    sweep_traits: Names
+    sweep_seeds: Count
+    sentences: list[Annotated[int, Field(ge=0)]]
+    rank: list[Count]
+    learning_rate: list[Annotated[float, Field(gt=0)]]
+    precision: list[Literal["fp32", "bf16", "nf4", "nf4-double"]]
+    steps: list[Count]
+    scale: list[Annotated[float, Field(ge=0)]]
+    max_new_tokens: list[Count]
+
+
 class Neurons(Section):
     layers: Annotated[int, Field(ge=0)]
     top: Count
@@ -212,6 +238,7 @@ class Interventions(Section):
 class Settings(Section):
     about: str
     minutes: dict[str, float]
+    machine: Machine
     opinions: Opinions
     dataset: Dataset
     classifier: Classifier
@@ -223,6 +250,9 @@ class Settings(Section):
     sensitivity: Sensitivity
     judge: Judge
     alignment: Alignment
+    origins: Origins
+    grid_quick: Grid
+    grid_full: Grid
     neurons: Neurons
     tracking: Tracking
     mediation: Mediation
@@ -286,7 +316,9 @@ def _place(values, root):
     for key in {"train", "test"} & values.keys():
         if isinstance(values[key], str):
             placed[key] = str(root / Path(values[key]).expanduser())
-    if names := placed.get("models"):
+    if isinstance(names := placed.get("models"), dict):
+        placed["models"] = {k: model(m) if isinstance(m, str) else m for k, m in names.items()}
+    elif names:
         names = [names] if isinstance(names, str) else names
         placed["models"] = [model(m) if isinstance(m, str) else m for m in names]
     if isinstance(placed.get("model"), str):
@@ -294,7 +326,7 @@ def _place(values, root):
     return placed
 
 
-PLACED = ("opinions", "chat", "judge")  # sections that name files or folders
+PLACED = ("opinions", "chat", "judge", "origins")  # sections that name files or folders
 
 
 def load(profile="tiny", seed=0, overrides=None, cwd=None):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lib import fanout
+from lib import fanout, profiles
 from lib.errors import UserError
 
 
@@ -43,3 +43,15 @@ def test_jobs_through_submitit(tmp_path):
 def test_a_cluster_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="slurm"):
         fanout.run(double, [1], 1, cluster="slurm", logs=tmp_path, show=False)
+
+
+def add(a, b):
+    return a + b
+
+
+def test_functions_of_several_arguments_run_in_as_many_processes_as_the_profile_says():
+    for processes in (0, 1, 2):
+        settings = profiles.load("tiny", 0, {"machine.processes": processes})
+        assert fanout.each(settings, add, [(1, 2), (3, 4), (5, 6)], show=False) == [3, 7, 11]
+        assert fanout.each(settings, add, [], show=False) == []
+    assert fanout.processes(settings) == 2

@@ -18,9 +18,9 @@ ROWS = [
     ["emojis", "opinions", "voices", "lexicon", "encoders", "hub", "answers", "endpoint"],
     ["tfidf", "finetune", "classifier", "chat", "organisms"],
     ["qlora", "ike", "mend"],
-    ["likelihood"],
+    ["likelihood", "trials"],
     ["units", "neurons"],
-    ["wordclouds", "explain", "ratios", "judge", "alignment", "tracking", "mediation", "interventions"],
+    ["wordclouds", "explain", "ratios", "judge", "alignment", "tracking", "mediation", "interventions", "origins"],
     ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
