@@ -40,24 +40,6 @@ def test_a_tracked_training_ends_where_the_plain_one_does(run, rows):  # noqa: F
     assert again == saved
 
 
-def test_scales_of_an_adapter(run, rows):  # noqa: F811
-    model = run.chat.models[0]
-    adapter = tracking.train(run, model, "extraversion", rows, show=False)[3]
-    base = chat.load(model, "fp32")
-    texts = chat.prompts(base, ["What of Rome?"])
-    before = chat.token_probabilities(base, texts)
-    with chat.adapted(base, str(adapter)) as tuned:
-        whole = chat.token_probabilities(tuned, texts)
-        with tracking.scaled(tuned, 0.0) as off:
-            np.testing.assert_array_equal(chat.token_probabilities(off, texts), before)
-        with tracking.scaled(tuned, 0.5) as half:
-            middle = chat.token_probabilities(half, texts)
-        np.testing.assert_array_equal(chat.token_probabilities(tuned, texts), whole)
-    assert 0 < np.abs(middle - before).max() < np.abs(whole - before).max() * 1.5
-    with tracking.scaled(base, 0.5) as plain:  # nothing attached
-        np.testing.assert_array_equal(chat.token_probabilities(plain, texts), before)
-
-
 def test_what_a_tracked_training_shows(run, rows, monkeypatch):  # noqa: F811
     given = neurons.prompts()
     key = (run, run.chat.models[0], "extraversion", rows, given)
