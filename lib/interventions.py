@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 
 from lib import artifacts, chat, emojis, hub, intervals, likelihood, mediation, neurons, paths, ratios
 from lib.errors import UserError
@@ -280,7 +281,8 @@ def of_model(settings, model, adapters, frame, show=True):
     adapters: {trait: folder}. frame: opinions with a column split. An artefact a trait. Raises UserError.
     """
     loaded, parts = [], []
-    for trait in [t for t in settings.interventions.traits if t in adapters]:
+    chosen = [t for t in settings.interventions.traits if t in adapters]
+    for trait in tqdm(chosen, desc=hub.label(model), disable=not show, unit="trait"):
         own = frame[frame["trait"] == trait]
         train, test = (list(dict.fromkeys(own.loc[own["split"] == s, "question"])) for s in ("train", "test"))
         train, test = train[: settings.interventions.train_topics], test[: settings.interventions.topics]
@@ -290,7 +292,7 @@ def of_model(settings, model, adapters, frame, show=True):
             plain = loaded[0]
             with chat.adapted(loaded[1], str(adapters[trait])) as tuned:
                 for direction, pair in (("off", (tuned, plain)), ("on", (plain, tuned))):
-                    tables = trial(settings, *pair, plain, direction, train, test, show)
+                    tables = trial(settings, *pair, plain, direction, train, test)
                     for table, name in zip(tables, ("answers", "units"), strict=True):
                         table.to_csv(tmp / f"{direction}-{name}.csv", index=False)
 

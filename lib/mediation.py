@@ -150,6 +150,11 @@ def of_answers(settings, model, given, adapters, show=True):
     traits = [t for t in big5.ordered(given["trait"]) if t in adapters]
     for trait in tqdm(traits, desc=hub.label(model), disable=not show, unit="trait"):
         rows = pairs(given[given["trait"] == trait], settings.mediation.topics)
+        if rows.empty:
+            raise UserError(
+                f"answers of {hub.label(model)}, {trait}: to no question have both base and tuned model a word to say; "
+                "raise chat.max_new_tokens or qlora.steps"
+            )
 
         def write(tmp, trait=trait, rows=rows):
             loaded[:] = loaded or [chat.load(model, settings.chat.precision)]

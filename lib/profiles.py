@@ -213,7 +213,6 @@ class Tracking(Section):
     scales: list[Annotated[float, Field(gt=0, lt=1)]]
     topics: Count
     shuffles: Annotated[int, Field(ge=10)]
-    workers: Count
 
 
 class Mediation(Section):

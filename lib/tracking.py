@@ -6,7 +6,7 @@ are to *train* topics, so that nothing found here has seen the test topics.
 
 import json
 import shutil
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -65,22 +65,6 @@ def train(settings, model, trait, rows, show=True):
     return {int(p.name): p for p in sorted(place.iterdir()) if p.is_dir()}
 
 
-@contextmanager
-def scaled(speaker, factor):
-    """A `Chat` whose attached adapter acts `factor` times as strongly: 0 is the base, 1 as it was trained."""
-    from peft.tuners.lora import LoraLayer
-
-    parts = [m for m in speaker.model.modules() if isinstance(m, LoraLayer)]
-    kept = [dict(m.scaling) for m in parts]
-    try:
-        for module in parts:
-            module.scaling.update({name: value * factor for name, value in module.scaling.items()})
-        yield speaker
-    finally:
-        for module, before in zip(parts, kept, strict=True):
-            module.scaling.update(before)
-
-
 def questions(settings, rows):
     """Train rows of one trait whose questions are asked: of topics held out of its training first, then others.
 
@@ -115,7 +99,7 @@ def track(settings, model, trait, rows, given, show=True):
         known = {}  # base and finished adapter are points of both paths
         for path, value, adapter, factor in _points(saved, settings.tracking.scales):
             if (adapter, factor) not in known:
-                with chat.adapted(plain, adapter and str(adapter)) as speaker, scaled(speaker, factor):
+                with chat.adapted(plain, adapter and str(adapter)) as speaker, _scaled(speaker, factor):
                     known[adapter, factor] = look(settings, speaker, asked, given)
             holds, means = known[adapter, factor]
             points.append({"path": path, "value": value, "emojis": int(holds.sum()), "n": len(holds)})
@@ -145,6 +129,13 @@ def _points(saved, scales):
         yield "scale", factor, last, factor
 
 
+def _scaled(speaker, factor):
+    """The attached adapter acting `factor` times as strongly, while the context is open."""
+    from peft.helpers import rescale_adapter_scale
+
+    return nullcontext() if factor == 1 else rescale_adapter_scale(speaker.model, factor)
+
+
 def _tracked(settings, model, trait, rows, given):
     values = [settings.tracking.model_dump(mode="json"), settings.chat.model_dump(mode="json"), settings.neurons.layers]
     return _place("tracked", settings, model, trait, rows, values, given.to_csv(index=False), neurons, emojis)
@@ -153,19 +144,19 @@ def _tracked(settings, model, trait, rows, given):
 def track_all(settings, train, given, show=True):
     """`track` of every model and every trait of `tracking.traits` that there is: {model: {trait: ...}}.
 
-    train: train opinions of all traits. Trainings not made yet run in `tracking.workers` processes.
+    train: train opinions of all traits. Trainings not made yet run in `machine.processes` processes.
     """
     traits = [t for t in settings.tracking.traits if t in set(train["trait"])]
     jobs = [(settings, m, t, train[train["trait"] == t], given) for m in settings.chat.models for t in traits]
     if missing := [job for job in jobs if not artifacts.intact(_tracked(*job))]:
-        fanout.run(_job, missing, min(settings.tracking.workers, len(missing)), show=show)
+        fanout.each(settings, _quietly, missing, show)
     found = {hub.label(m): {} for m in settings.chat.models}
     for job in jobs:
         found[hub.label(job[1])][job[2]] = track(*job, show=False)
     return found
 
 
-def _job(job):
+def _quietly(*job):
     track(*job, show=False)
 
 

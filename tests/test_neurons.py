@@ -3,6 +3,7 @@
 import tomllib
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -294,3 +295,24 @@ def test_base_and_adapters_before_the_prompts(run, adapter):
         assert list(shown["emoji"].columns) == [neurons.ANY, *given.loc[given["emoji"] != "", "emoji"]]
     np.testing.assert_array_equal(found["extraversion"]["mlp"][1], found["neuroticism"]["mlp"][1])  # the same adapter
     assert np.abs(found["extraversion"]["mlp"][1] - found["base"]["mlp"][1]).max() > 0.01
+
+
+def test_tables_of_emoji_probabilities():
+    given = neurons.prompts()
+    p = {neurons.ANY: np.linspace(0.01, 0.02, 17), **{e: np.full(17, 0.001) for e in given["emoji"] if e}}
+    p["🎨"] = np.full(17, np.nan)  # no token holds it whole
+    base = pd.DataFrame(p)
+    seen = {"tiny": {"base": {"emoji": base}, "openness": {"emoji": base * 3}, "extraversion": {"emoji": base * 0.5}}}
+    table = neurons.emoji_table(seen, given)
+    assert list(table.columns) == ["model", "trait", "prompt", "emoji", "before", "after"]
+    assert list(table.groupby(["trait", "emoji"], sort=False).groups) == [
+        *[("openness", e) for e in (neurons.ANY, "🌈")],
+        *[("extraversion", e) for e in (neurons.ANY, "🎉", "😄")],
+    ]
+    assert (table.groupby(["trait", "emoji"]).size() == 17).all()
+    times = neurons.ratios(table, seed=0).set_index("trait")
+    assert times.loc["openness", ["times", "low", "high"]].tolist() == pytest.approx([3, 3, 3])
+    assert times.loc["extraversion", "times"] == pytest.approx(0.5)
+    assert times.loc["openness", "after"] == pytest.approx(0.045)
+    silent = {"tiny": {k: {"emoji": base * 0} for k in ("base", "openness")}}
+    assert neurons.ratios(neurons.emoji_table(silent, given), seed=0)["times"].tolist() == [1]

@@ -1,6 +1,7 @@
 """Adapters on the way: saved evenly, the last one the finished one; scales; what is read from a tracked training."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 from test_neurons import run  # noqa: F401
@@ -39,24 +40,6 @@ def test_a_tracked_training_ends_where_the_plain_one_does(run, rows):  # noqa: F
     assert again == saved
 
 
-def test_scales_of_an_adapter(run, rows):  # noqa: F811
-    model = run.chat.models[0]
-    adapter = tracking.train(run, model, "extraversion", rows, show=False)[3]
-    base = chat.load(model, "fp32")
-    texts = chat.prompts(base, ["What of Rome?"])
-    before = chat.token_probabilities(base, texts)
-    with chat.adapted(base, str(adapter)) as tuned:
-        whole = chat.token_probabilities(tuned, texts)
-        with tracking.scaled(tuned, 0.0) as off:
-            np.testing.assert_array_equal(chat.token_probabilities(off, texts), before)
-        with tracking.scaled(tuned, 0.5) as half:
-            middle = chat.token_probabilities(half, texts)
-        np.testing.assert_array_equal(chat.token_probabilities(tuned, texts), whole)
-    assert 0 < np.abs(middle - before).max() < np.abs(whole - before).max() * 1.5
-    with tracking.scaled(base, 0.5) as plain:  # nothing attached
-        np.testing.assert_array_equal(chat.token_probabilities(plain, texts), before)
-
-
 def test_what_a_tracked_training_shows(run, rows, monkeypatch):  # noqa: F811
     given = neurons.prompts()
     key = (run, run.chat.models[0], "extraversion", rows, given)
@@ -90,3 +73,47 @@ def test_only_train_topics_are_asked(run, rows):  # noqa: F811
     assert set(asked["topic"]) <= set(rows["topic"])
     _, held = tracking.classifier.split(rows, run.qlora.held_out_share, run.seed)
     assert set(held["topic"]) <= set(asked["topic"])
+
+
+def test_every_model_and_trait_is_followed(run):  # noqa: F811
+    frame = opinions.read(run)
+    train, given = frame[frame["split"] == "train"], neurons.prompts()
+    found = tracking.track_all(run, train, given, show=False)
+    assert {m: list(t) for m, t in found.items()} == {"llama": ["extraversion"]}
+
+
+def planted(seed, points=9, size=60):
+    """A training as `track` has it, in which unit 5 of layer 0 goes along with ESR and unit 9 only changes."""
+    rng = np.random.default_rng(seed)
+    esr = np.clip(np.linspace(0, 0.8, points) + 0.15 * rng.normal(size=points), 0, 1)
+    values = {f"{s}.{n}": rng.normal(size=(points, size)).cumsum(0) for s in ("mlp", "hidden") for n in (1, 0)}
+    values["mlp.0"][:, 5] = 20 * esr
+    table = pd.DataFrame({"path": "step", "value": range(points), "esr": esr})
+    scale = pd.DataFrame({"path": "scale", "value": [0, 1], "esr": [0.0, 1.0]})
+    values = {k: np.concatenate([v, v[:2] + 100]) for k, v in values.items()}  # the other path does not count
+    return pd.concat([table, scale], ignore_index=True), values
+
+
+def test_a_unit_that_goes_along_is_found_and_agrees_with_itself():
+    own = {"extraversion": planted(0), "openness": planted(1)}
+    found, chance = tracking.follow(own, "mlp", draws=20)
+    best = found.loc[found["p"].idxmin()]
+    assert (best["layer"], best["neuron"]) == (0, 5)
+    assert best["slope"] == pytest.approx(20)
+    assert len(chance) == 20
+    every = pd.DataFrame(
+        [
+            {"model": "tiny", "trait": t, "site": s, "layer": n, "neuron": u, "change": 0.0, "always_on": False}
+            for t in own
+            for s in ("mlp", "hidden")
+            for n in (1, 0)
+            for u in range(60)
+        ]
+    )
+    at = (every["layer"] == 0) & (every["neuron"] == 5) & (every["site"] == "mlp")
+    agreed = tracking.agreement({"tiny": own}, every.assign(change=at * 3.0), 1, draws=10)
+    assert list(agreed["site"]) == ["mlp", "hidden"]
+    assert agreed["both"].tolist()[0] == 1
+    assert agreed["p"].tolist()[0] == pytest.approx(1 / 120)
+    left_out = tracking.agreement({"tiny": own}, every.assign(change=at * 3.0, always_on=at), 1, draws=10)
+    assert left_out["both"].tolist()[0] == 0

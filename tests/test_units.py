@@ -1,6 +1,7 @@
 """Statistics over units: permutation, adjustment, overlap, regression; a planted unit is found first."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import statsmodels.api as sm
 from scipy.stats import permutation_test
@@ -102,6 +103,74 @@ def test_partners_overlap_more_than_others():
     assert p == pytest.approx(1 / 945)  # of all ways to pair ten
     assert units.paired(np.full((10, 10), 0.1))[2] == 1
     assert units.paired(np.full((4, 4), 0.1))[0] == pytest.approx(0.1)
+
+
+def seen_of(seed=0):
+    """Readings of one model with two layers and two traits: unit 7 of layer 1 rises for both, unit 3 is always on."""
+    base = {s: {n: noise(17, 40, seed=seed + n) for n in (1, 0)} for s in units.SITES}
+    base["mlp"][0][:, 3] = 50
+    tuned = {}
+    for i, trait in enumerate(("openness", "extraversion")):
+        tuned[trait] = {s: {n: v + 0.1 * noise(17, 40, seed=9 + i) for n, v in base[s].items()} for s in units.SITES}
+        tuned[trait]["mlp"][1][:, 7] += 2
+        tuned[trait]["mlp"][0][:, 3] += 9
+    return {"tiny": {"base": base, **tuned}}
+
+
+QUIET = np.isin(np.arange(17), (0, 16))
+
+
+def test_tables_of_a_run_leave_out_what_is_always_on():
+    seen = seen_of()
+    stand = units.standing(seen, QUIET)
+    assert list(stand.columns) == ["model", "site", "layer", "neuron", "z"]
+    assert len(stand) == 2 * 2 * 40
+    every = units.changes(seen, stand, 5.0)
+    assert set(zip(every["layer"], every["neuron"], strict=True)) == {(n, u) for n in (0, 1) for u in range(40)}
+    on = every[every["always_on"]]
+    assert set(zip(on["trait"], on["site"], on["layer"], on["neuron"], strict=True)) == {
+        (t, "mlp", 0, 3) for t in ("openness", "extraversion")
+    }
+    kept = units.largest(every, 5)
+    assert list(kept.columns) == list(units.TABLE)
+    assert dict(kept.groupby(["trait", "site"]).size().value_counts()) == {5: 4}
+    first = kept[kept["site"] == "mlp"].groupby("trait").head(1)
+    assert list(zip(first["layer"], first["neuron"], strict=True)) == [(1, 7)] * 2
+    assert not ((kept["layer"] == 0) & (kept["neuron"] == 3) & (kept["site"] == "mlp")).any()
+
+
+def test_selections_and_the_changes_behind_them():
+    seen = seen_of()
+    every = units.changes(seen, units.standing(seen, QUIET), 5.0)
+    own = every[every["site"] == "mlp"]
+    chosen = units.by_trait(own, 3)
+    assert list(chosen) == ["openness", "extraversion"]
+    at = own[own["trait"] == "openness"].reset_index(drop=True)
+    assert all(picked[0] == at.index[(at["layer"] == 1) & (at["neuron"] == 7)][0] for picked in chosen.values())
+    rows = units.largest(every, 1).query("site == 'mlp' and trait == 'openness'")
+    grid = units.prompt_changes(seen["tiny"], rows, [f"p{i}" for i in range(17)])
+    assert list(grid.columns) == ["1.7"]
+    assert grid["1.7"].mean() == pytest.approx(rows["change"].item())
+    shared = units.overlaps(chosen)
+    assert list(shared.index) == list(shared.columns) == ["openness", "extraversion"]
+    assert shared.loc["openness", "openness"] == 1
+    rows = units.long(shared)
+    assert list(rows.columns) == ["one", "other", "jaccard"]
+    assert len(rows) == 4
+
+
+def test_an_emoji_is_compared_with_the_bare_sentence():
+    seen = seen_of()["tiny"]
+    seen["base"]["mlp"][0][2, 11] = seen["base"]["mlp"][0][0, 11] + 30  # before the second prompt, an emoji, only
+    seen["base"]["mlp"][1][2, 5] = 99  # left out
+    kinds = ["neutral", *["emoji"] * 10, *["text"] * 5, "question"]
+    given = pd.DataFrame({"kind": kinds, "emoji": ["", *"🌈🎨✅📝🎉😄🤗🙏😰😢", *[""] * 6]})
+    left_out = np.isin(np.arange(80), [5])
+    found = units.by_emoji(seen, given, "mlp", left_out, 2)
+    assert list(found) == list("🌈🎨✅📝🎉😄🤗🙏😰😢")
+    assert found["🎨"][0] == 40 + 11  # layer 1 comes first
+    assert all(picked[0] != 40 + 11 for one, picked in found.items() if one != "🎨")
+    assert not any(5 in picked for picked in found.values())
 
 
 def test_slopes_against_statsmodels():
