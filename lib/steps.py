@@ -44,6 +44,11 @@ STEPS = {
         ("steps", "tracked", "mediation", "interventions"),
         ("data/prompts/neurons.toml",),
     ),
+    "09_origins": Step(
+        ("opinions", "classifier", "chat", "qlora", "origins", "grid_quick", "grid_full"),
+        ("origin", "endings"),
+        (HABITS,),
+    ),
 }
 
 
