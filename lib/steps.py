@@ -39,6 +39,11 @@ STEPS = {
         ("data/prompts/pae.toml", REPORTED),
     ),
     "06_emoji": Step(("opinions", "dataset", "chat", "qlora"), (), (REPORTED, HABITS)),
+    "07_icl": Step(
+        ("opinions", "chat", "qlora", "icl"),
+        ("readings", "attribution"),
+        ("data/prompts/icl.toml", "data/organisms/pieces.csv", REPORTED, HABITS),
+    ),
 }
 
 
