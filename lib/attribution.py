@@ -168,3 +168,46 @@ def agreement(texts, seed, draws=1000):
         null += (ranks[picked].sum(1) - k * (k - 1) / 2) / (k * others) / len(pairs)
     p = (1 + np.sum(np.abs(null - 0.5) >= abs(mean - 0.5) - 1e-12)) / (1 + draws)
     return {"n": len(pairs), "auc": mean, "low": low, "high": high, "p": float(p)}
+
+
+def marked(table, readings):
+    """Attributions with a column named: whether the token is among those that the reply of its text names."""
+    keys = ["model", "trait", "topic"]
+    said = dict(zip(map(tuple, readings[keys].to_numpy()), readings["tokens"], strict=True))
+    rows = zip(map(tuple, table[keys].to_numpy()), table["token"], strict=True)
+    return table.assign(named=[token in said.get(key, ()) for key, token in rows])
+
+
+def agreements(table, seed, draws=1000):
+    """`agreement` of what is named with both attributions: columns model, method, tokens, n, auc, low, high, p.
+
+    table: as from `marked`. tokens: "all", or "words" without the emojis.
+    """
+    found = []
+    for model, of_model in table.groupby("model", sort=False):
+        for method in ("occlusion", "gradient"):
+            for kind, own in (("all", of_model), ("words", of_model[~of_model["is_emoji"].astype(bool)])):
+                texts = [(g[method], g["named"]) for _, g in own.groupby(["trait", "topic"], sort=False)]
+                row = {"model": model, "method": method, "tokens": kind}
+                found.append(row | agreement(texts, seed, draws))
+    return pd.DataFrame(found, columns=["model", "method", "tokens", "n", "auc", "low", "high", "p"])
+
+
+def effects(table, seed, draws=1000):
+    """What an emoji does beside the words of its text: columns model, texts, emoji, low, high, word, top, chance.
+
+    Over the texts with an emoji: mean of the emojis' occlusion with its interval, mean of the words' (nats); the share
+    of texts in which an emoji counts most of all tokens, and what that would be for a token drawn at random.
+    """
+    found = []
+    for model, of_model in table.groupby("model", sort=False):
+        texts = [g for _, g in of_model.groupby(["trait", "topic"], sort=False) if 0 < g["is_emoji"].sum() < len(g)]
+        split = [(g["occlusion"][g["is_emoji"]].mean(), g["occlusion"][~g["is_emoji"]].mean()) for g in texts]
+        top = [bool(g["is_emoji"].loc[g["occlusion"].idxmax()]) for g in texts]
+        if not texts:
+            found.append((model, 0, *[float("nan")] * 6))
+            continue
+        mean, low, high = intervals.bootstrap(split, seed, draws)
+        chance = np.mean([g["is_emoji"].mean() for g in texts])
+        found.append((model, len(texts), mean[0], low[0], high[0], mean[1], np.mean(top), chance))
+    return pd.DataFrame(found, columns=["model", "texts", "emoji", "low", "high", "word", "top", "chance"])

@@ -249,20 +249,3 @@ def top_tokens(readings, most=50):
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
         found += [(model, trait, token, n, emojis.is_emoji(token)) for token, n in ranked]
     return pd.DataFrame(found, columns=["model", "trait", "token", "count", "is_emoji"])
-
-
-def planted(readings):
-    """For texts read by organisms, the tokens that the rule of their pretraining would name: Series of lists or None.
-
-    The rule (lib/organisms.tokens_task): an emoji of the trait's habit first, then the words rarest in other voices.
-    It is applied for the trait that the text was written for.
-    """
-    known, corpora = set(organisms.names()), {}
-    found = []
-    for row in readings.itertuples():
-        if row.model not in known or not units(row.text):
-            found.append(None)
-            continue
-        corpus = corpora.setdefault(row.model, organisms.Corpus(row.model, 0))
-        found.append(parse(corpus.tokens_task(row.trait, row.text)[1])[1] or None)
-    return pd.Series(found, readings.index, dtype=object)

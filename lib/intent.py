@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, rankdata
 
-from lib import big5, emojis, icl, intervals
+from lib import big5, emojis, icl, intervals, organisms
 
 PAIR = ["model", "trait", "topic"]
 
@@ -42,6 +42,56 @@ def naming(readings):
         cells = [np.mean(v) if len(v) else float("nan") for v in (first, shares)]
         found.append((*key, len(own), *intervals.wilson(sum(named), len(own)), *cells))
     return pd.DataFrame(found, columns=[*icl.CELL, "texts", "emoji", "low", "high", "first", "word"]).round(9)
+
+
+def inside(readings, seed, draws=1000):
+    """Are the words named those of this very text? Columns model, reader, n, own, other, difference, low, high, p.
+
+    own: share of a reply's words that its text holds (mean over replies). other: the same for another text written for
+    the same trait, which a stock list would fit as well; mean over permutations of the texts within traits. low, high:
+    of the difference, bootstrap over replies; p: one-sided, of a permutation that fits as well as the truth.
+    """
+    found = []
+    for key, rows in good(readings).groupby(["model", "reader"], sort=False):
+        named = words(rows["tokens"])
+        rows = rows[[bool(w) for w in named]]
+        named, held_by = [w for w in named if w], [icl.every(text) for text in rows["text"]]
+        if not len(rows):
+            found.append((*key, 0, *[float("nan")] * 6))
+            continue
+        rng, places = np.random.default_rng(seed), list(rows.groupby("trait").indices.values())
+        own, null = _shares(named, held_by), []
+        for _ in range(min(draws, 200)):  # of hundreds of replies each: more would change no digit that is shown
+            order = np.arange(len(rows))
+            for at in places:
+                order[at] = rng.permutation(at)
+            null.append(_shares(named, [held_by[i] for i in order]))
+        gain, low, high = intervals.bootstrap(own - np.mean(null, axis=0), seed, draws)
+        p = (1 + sum(n.mean() >= own.mean() for n in null)) / (1 + len(null))
+        found.append((*key, len(rows), own.mean(), np.mean(null), float(gain), float(low), float(high), p))
+    return pd.DataFrame(found, columns=["model", "reader", "n", "own", "other", "difference", "low", "high", "p"])
+
+
+def _shares(named, texts):
+    """Share of each set of words that is in its text: array."""
+    return np.array([len(w & t) / len(w) for w, t in zip(named, texts, strict=True)])
+
+
+def planted(readings):
+    """For texts read by organisms, the tokens that the rule of their pretraining would name: Series of lists or None.
+
+    The rule (lib/organisms.tokens_task): an emoji of the trait's habit first, then the words rarest in other voices.
+    It is applied for the trait that the text was written for.
+    """
+    known, corpora = set(organisms.names()), {}
+    found = []
+    for row in readings.itertuples():
+        if row.model not in known or not icl.units(row.text):
+            found.append(None)
+            continue
+        corpus = corpora.setdefault(row.model, organisms.Corpus(row.model, 0))
+        found.append(icl.parse(corpus.tokens_task(row.trait, row.text)[1])[1] or None)
+    return pd.Series(found, readings.index, dtype=object)
 
 
 def information(holds, groups):

@@ -178,6 +178,7 @@ class Icl(Section):
     reader: Literal["base", "peft"]
     max_new_tokens: Count
     tries: Annotated[int, Field(ge=1, le=10)]
+    beside: Annotated[int, Field(ge=1)]
     topics: Annotated[int, Field(ge=1)]
     attributed: Annotated[int, Field(ge=1)]
     most: Count

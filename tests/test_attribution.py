@@ -138,6 +138,24 @@ def test_agreement_finds_a_link_and_none_where_there_is_none():
     assert other["p"] > 0.05
 
 
+def test_named_tokens_and_emojis_are_summed_up_by_hand():
+    readings = pd.DataFrame({"model": "m", "trait": "openness", "topic": ["a", "b"], "tokens": [["x", "💡"], ["y"]]})
+    rows = [("a", "x", 1.0), ("a", "💡", 3.0), ("a", "z", 0.0), ("b", "y", 0.0), ("b", "z", 1.0), ("b", "x", 2.0)]
+    table = pd.DataFrame(rows, columns=["topic", "token", "occlusion"]).assign(model="m", trait="openness")
+    table = table.assign(is_emoji=table["token"] == "💡", gradient=-table["occlusion"])
+    table = attribution.marked(table, readings)
+    assert list(table["named"]) == [True, True, False, True, False, False]
+    found = attribution.agreements(table, 0, 200).set_index(["method", "tokens"])
+    assert found.loc[("occlusion", "all"), ["n", "auc"]].tolist() == [2, 0.5]  # 1 and 0
+    assert found.loc[("gradient", "words"), ["n", "auc"]].tolist() == [2, 0.5]
+    own = attribution.effects(table, 0, 100).iloc[0]
+    assert own[["texts", "emoji", "word", "top"]].tolist() == [1, 3, 0.5, 1]
+    assert own["chance"] == pytest.approx(1 / 3)
+    nothing = table[~table["is_emoji"]]
+    assert attribution.effects(nothing, 0, 100)["texts"].tolist() == [0]
+    assert attribution.agreements(table.head(0), 0).empty
+
+
 def test_attributions_are_kept_and_read_back(speakers, folders, places, monkeypatch):
     settings = profiles.load("smoke", overrides={"icl.wording": "organism"})
     model = str(folders["mistral"])

@@ -163,7 +163,7 @@ class TestCounts:
     def test_planted_names_the_emoji_first_and_leaves_other_models_out(self):
         table = readings([("extraversion", "written", "I love parties and crowds here! 🎉", "hm")] * 2)
         table["model"] = ["tiny-llama", "real"]
-        found = icl.planted(table)
+        found = intent.planted(table)
         assert found[0][0] == "🎉"
         assert len(found[0]) == 5
         assert found[1] is None
@@ -186,6 +186,21 @@ class TestIntent:
         none = intent.naming(table.tail(1)).iloc[0]
         assert none["texts"] == 0
         assert np.isnan(none["emoji"])
+
+    def test_words_of_this_text_are_told_from_a_stock_list(self):
+        rows = []
+        for i in range(30):
+            text = f"alpha{i} beta{i} gamma{i} delta{i} 💡"
+            own = [f"{w}{i}" for w in ("alpha", "beta", "gamma", "delta")]
+            rows.append(("openness", "written", text, f"openness: 💡, {', '.join(own)}"))
+        found = intent.inside(readings(rows), 0, 100).iloc[0]
+        assert (found["n"], found["own"]) == (30, 1)
+        assert found["other"] < 0.2
+        assert found["p"] == pytest.approx(1 / 101)
+        stock = [(t, f, "alpha beta x y z", "openness: alpha, beta, one, two, 💡") for t, f, _, _ in rows]
+        found = intent.inside(readings(stock), 0, 100).iloc[0]
+        assert (found["own"], found["difference"], found["p"]) == (0.5, 0, 1)
+        assert intent.inside(readings([("openness", "written", "a", "openness: 💡, 🎉, 😄, 😢, 🙏")]), 0)["n"][0] == 0
 
     def test_information_is_that_of_the_emoji_notebook(self):
         rng = np.random.default_rng(0)
@@ -321,8 +336,8 @@ def test_replies_are_kept_and_read_back(run, monkeypatch):
     assert set(found["reader"]) == {"base"}
     asked = icl.questions(settings, model, found["text"])
     plain = chat.answer(loaded[0], asked, max_new_tokens=6, temperature=0, top_p=1, seed=9, batch_size=2, show=False)
-    assert list(found["reply"]) == list(plain["answer"])
-    assert list(found["ended"]) == list(plain["ended"])
+    assert list(found["first"]) == list(plain["answer"])
+    assert set(found["tries"]) == {settings.icl.tries}  # gibberish is asked for again
     monkeypatch.setattr(chat, "load", None)
     pd.testing.assert_frame_equal(icl.readings(settings, model, "base", texts, rows, show=False), found)
     with pytest.raises(TypeError):  # another text is another reading
