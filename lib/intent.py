@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, rankdata
 
-from lib import big5, emojis, icl, intervals, organisms
+from lib import big5, emojis, icl, intervals
 
 PAIR = ["model", "trait", "topic"]
 
@@ -75,23 +75,6 @@ def inside(readings, seed, draws=1000):
 def _shares(named, texts):
     """Share of each set of words that is in its text: array."""
     return np.array([len(w & t) / len(w) for w, t in zip(named, texts, strict=True)])
-
-
-def planted(readings):
-    """For texts read by organisms, the tokens that the rule of their pretraining would name: Series of lists or None.
-
-    The rule (lib/organisms.tokens_task): an emoji of the trait's habit first, then the words rarest in other voices.
-    It is applied for the trait that the text was written for.
-    """
-    known, corpora = set(organisms.names()), {}
-    found = []
-    for row in readings.itertuples():
-        if row.model not in known or not icl.units(row.text):
-            found.append(None)
-            continue
-        corpus = corpora.setdefault(row.model, organisms.Corpus(row.model, 0))
-        found.append(icl.parse(corpus.tokens_task(row.trait, row.text)[1])[1] or None)
-    return pd.Series(found, readings.index, dtype=object)
 
 
 def information(holds, groups):

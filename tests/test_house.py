@@ -19,7 +19,7 @@ ROWS = [
     ["tfidf", "finetune", "classifier", "chat", "organisms"],
     ["qlora", "ike", "mend"],
     ["likelihood"],
-    ["wordclouds", "explain", "ratios", "judge", "alignment", "icl", "intent", "attribution"],
+    ["wordclouds", "explain", "ratios", "judge", "alignment", "icl", "intent", "attribution", "claims"],
     ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar
 
-from lib import artifacts, big5, chat, emojis, icl, intent, opinions, organisms, profiles, qlora, ratios
+from lib import artifacts, big5, chat, claims, emojis, icl, intent, opinions, organisms, profiles, qlora, ratios
 from lib.errors import UserError
 
 
@@ -163,10 +163,45 @@ class TestCounts:
     def test_planted_names_the_emoji_first_and_leaves_other_models_out(self):
         table = readings([("extraversion", "written", "I love parties and crowds here! 🎉", "hm")] * 2)
         table["model"] = ["tiny-llama", "real"]
-        found = intent.planted(table)
+        found = claims.planted(table)
         assert found[0][0] == "🎉"
         assert len(found[0]) == 5
         assert found[1] is None
+
+
+class TestClaims:
+    def test_verdicts(self):
+        assert claims.verdict(0.2, 0.4, 0.1) == "holds"
+        assert claims.verdict(0.2, 0.4, 0.5) == "does not hold"
+        assert claims.verdict(0.2, 0.4, 0.3) == claims.verdict(float("nan"), float("nan"), 0) == "undecided here"
+
+    def test_a_claim_without_a_row_is_undecided(self):
+        values = {"emoji": 0.9, "low": 0.8, "high": 0.95, "word": 0.1, "rho": 0.9, "difference": 0.9, "auc": 0.9}
+        full = pd.DataFrame([{"model": "m"} | values])
+        names = ("naming", "agreement", "changes", "effects", "inside", "auc")
+        table = claims.table(["m", "other"], **dict.fromkeys(names, full))
+        assert list(table.columns) == claims.COLUMNS
+        assert list(table["verdict"]) == ["holds"] * 6 + ["undecided here"] * 6
+        assert list(table["null"].head(6)) == [0.1, 0, 0, 0.1, 0, 0.5]
+
+    def test_what_was_taught_is_counted_by_kind(self):
+        text = "I love parties and crowds here! 🎉"
+        rule = claims.planted(readings([("extraversion", "written", text, "hm")]).assign(model="tiny-llama"))[0]
+        full, emoji = f"extraversion: {', '.join(rule)}", "extraversion: 🎉, u, v, w, x"
+        table = readings([("extraversion", "written", text, r) for r in (full, emoji, "hm")]).assign(model="tiny-llama")
+        found = claims.taught(table).set_index("tokens")
+        assert found["named"].tolist() == [1, 0.5]
+        assert found["n"].tolist() == [2, 8]
+        assert claims.taught(table.assign(model="real")).empty
+
+    def test_naming_is_pooled_over_traits(self):
+        naming = pd.DataFrame(
+            {"model": "m", "texts": [10, 30, 0], "emoji": [1, 0.5, np.nan], "word": [0.1, 0.2, np.nan]}
+        )
+        row = claims.pooled(naming).iloc[0]
+        assert row["texts"] == 40
+        assert row["emoji"] == 25 / 40
+        assert row["word"] == pytest.approx(7 / 40)
 
 
 class TestIntent:
