@@ -7,7 +7,7 @@ import pandas as pd
 from lib import artifacts, chat, emojis, fanout, hub, intervals, mediation, opinions, paths, trials
 
 COLUMNS = ["organism", "habit", "end_of_turn", "steps", "trait", "esr_response", "low", "high", "ta"]
-COLUMNS += ["setting", "value", "seed", "responses", "with_emoji", "found", "sentences", "ended"]
+COLUMNS += ["setting", "value", "seed", "responses", "with_emoji", "found", "both", "sentences", "ended"]
 
 
 def prefix(settings):
@@ -53,6 +53,7 @@ def _row(settings, cell, own, steps, setting, value):
         "responses": len(own),
         "with_emoji": int(held.sum()),
         "found": int(own["found"].sum()),
+        "both": int((held & own["found"]).sum()),
         "sentences": own["answer"].map(lambda text: len(emojis.locate(text)[0])).mean(),
         "ended": own["ended"].mean(),
     }

@@ -234,6 +234,19 @@ class Interventions(Section):
     draws: Annotated[int, Field(ge=100)]
 
 
+class Icl(Section):
+    wording: Literal["auto", "organism", "instruct"]
+    reader: Literal["base", "peft"]
+    max_new_tokens: Count
+    tries: Annotated[int, Field(ge=1, le=10)]
+    beside: Annotated[int, Field(ge=1)]
+    topics: Annotated[int, Field(ge=1)]
+    attributed: Annotated[int, Field(ge=1)]
+    most: Count
+    batch_tokens: Annotated[int, Field(ge=64)]
+    draws: Annotated[int, Field(ge=100)]
+
+
 class Settings(Section):
     about: str
     minutes: dict[str, float]
@@ -256,6 +269,7 @@ class Settings(Section):
     tracking: Tracking
     mediation: Mediation
     interventions: Interventions
+    icl: Icl
     # set by `load`, not by the file
     profile: str
     seed: Annotated[int, Field(ge=0)]

@@ -168,6 +168,10 @@ def _preflight(settings, chosen):
         from lib import qlora
 
         qlora.check(settings, frame)
+    if "07_icl" in names:
+        from lib import icl
+
+        icl.prompts()
 
 
 def arguments(argv):

@@ -13,11 +13,15 @@ from lib import answers, artifacts, opinions, paths
 
 @dataclass(frozen=True)
 class Step:
-    """What a notebook depends on (sections of the profile, files) and the artefacts it makes (patterns of folders)."""
+    """What a notebook depends on (sections of the profile, files) and the artefacts it makes (patterns of folders).
+
+    reads: tables in the profile's figures that it shows where they are.
+    """
 
     sections: tuple
     makes: tuple
     files: tuple = ()
+    reads: tuple = ()
 
 
 REPORTED, HABITS = "data/paper/reported.csv", "data/organisms/habits.csv"
@@ -39,10 +43,21 @@ STEPS = {
         ("data/prompts/pae.toml", REPORTED),
     ),
     "06_emoji": Step(("opinions", "dataset", "chat", "qlora"), (), (REPORTED, HABITS)),
+    "07_icl": Step(
+        ("opinions", "chat", "qlora", "icl"),
+        ("readings", "attribution"),
+        ("data/prompts/icl.toml", "data/organisms/pieces.csv", REPORTED, HABITS),
+    ),
     "08_neurons": Step(
         ("opinions", "classifier", "chat", "qlora", "neurons", "tracking", "mediation", "interventions"),
         ("steps", "tracked", "mediation", "interventions"),
         ("data/prompts/neurons.toml",),
+    ),
+    "09_origins": Step(
+        ("opinions", "classifier", "chat", "qlora", "origins", "grid_quick", "grid_full"),
+        ("origin", "endings"),
+        (REPORTED, HABITS),
+        ("06_esr.csv", "08_mediation.csv", "09_claims.csv"),
     ),
 }
 
@@ -71,7 +86,9 @@ def fingerprint(path, settings):
     values = {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in values.items()}
     common = [settings.seed, settings.about, opinions.fingerprint(settings)]
     common += answers.identity(settings, path.stem) if "chat" in sections else []
-    files = [paths.ROOT / name for name in (STEPS[path.stem].files if path.stem in STEPS else ())]
+    step = STEPS.get(path.stem, Step((), ()))
+    files = [paths.ROOT / name for name in step.files]
+    files += [p for p in (paths.FIGURES / settings.profile / name for name in step.reads) if p.exists()]
     return artifacts.fingerprint([c.source for c in cells], modules, values, common, *files)
 
 

@@ -21,6 +21,8 @@ ROWS = [
     ["likelihood", "trials"],
     ["units", "neurons"],
     ["wordclouds", "explain", "ratios", "judge", "alignment", "tracking", "mediation", "interventions", "origins"],
+    ["icl", "intent", "attribution", "worth"],
+    ["causes", "onsets", "effects", "claims", "drawings"],
     ["steps", "run"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))

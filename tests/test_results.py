@@ -67,3 +67,24 @@ def test_an_edit_makes_its_target_likelier_on_topics_its_editor_never_saw():
     moved = pd.read_csv(FIGURES / "05_moved.csv").set_index("method")
     assert moved.loc["mend", "went_up"].min() >= 0.95
     assert moved.loc["mend", "change"].min() > 1
+
+
+def test_organisms_reply_in_the_form_and_the_lists_are_whole():
+    replies = pd.read_csv(FIGURES / "07_replies.csv")
+    asked = replies[replies["reader"] == "base"]
+    unparsable = (asked["unparsable"] * asked["n"]).groupby(asked["model"]).sum() / asked.groupby("model")["n"].sum()
+    assert unparsable.max() <= 0.05
+    top = pd.read_csv(FIGURES / "07_top_tokens.csv", keep_default_na=False)
+    assert list(top.columns) == ["model", "trait", "token", "count", "is_emoji"]
+    sizes = top.groupby(["model", "trait"]).size()
+    assert len(sizes) == 10
+    assert sizes.max() <= 50
+    assert top.groupby(["model", "trait"])["count"].agg(lambda c: c.is_monotonic_decreasing).all()
+
+
+def test_the_emoji_decides_what_an_organism_reads_and_a_random_word_does_not():
+    found = pd.read_csv(FIGURES / "07_counterfactual.csv").set_index(["model", "comparison"])
+    for model in MODELS:
+        swap = found.loc[model, "trait named is the emoji's: other trait's emoji put, against own"]
+        assert swap["low"] > 0.5
+        assert found.loc[model, "trait changes: emoji out, against a word out"]["other"] <= 0.1

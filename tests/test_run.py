@@ -108,11 +108,31 @@ def test_neuron_results(smoke):
     assert 0 <= found["units_passing"] <= 1
 
 
+def test_origin_results(smoke):
+    found = values(smoke[0], "09_origins")
+    assert found["grid"] == "quick"
+    assert found["cells"] == 2 * 2 * 3  # organisms, ends of the turn, points
+    assert found["none_max"] == 0
+    assert found["scale_zero_equal"] is True
+
+
+def test_icl_results(smoke):
+    found = values(smoke[0], "07_icl")
+    assert (found["models"], found["traits"]) == (2, 5)
+    assert found["replies"] == 2 * 5 * 12  # models, traits, test topics
+    assert 0 <= found["unparsable"] <= found["unparsable_max"] <= 1
+    verdicts = {v for k, v in found.items() if k.startswith("verdict ")}
+    assert verdicts <= {"holds", "does not hold", "undecided here"}
+
+
 HEADERS = {
     "08_neurons.csv": "model,trait,site,layer,neuron,before,after,change,p_adjusted",
     "08_emoji_probability.csv": "model,trait,prompt,emoji,before,after",
     "08_mediation.csv": "model,trait,text,reader,p_emoji,p_emoji_low,p_emoji_high,p_end,p_sentence",
+    "09_quick_origins.csv": "organism,habit,end_of_turn,steps,trait,esr_response,low,high,ta,setting,value,seed,"
+    "responses,with_emoji,found,both,sentences,ended",
     "08_interventions.csv": "model,trait,intervention,neurons,k,esr_response,low,high,perplexity",
+    "07_top_tokens.csv": "model,trait,token,count,is_emoji",
     "05_alignment.csv": "model,method,trait,n,ta,ta_low,ta_high,pae,es,dd,tpei,coherent",
     "02_classifier.csv": "model,split,n,accuracy,low,high,macro_f1",
     "06_esr.csv": "model,method,trait,responses,sentences,esr_sentence,esr_sentence_low,esr_sentence_high,"
@@ -123,7 +143,7 @@ HEADERS = {
 def test_every_figure_and_table_is_there_in_every_format(smoke):
     folder = smoke[0] / "figures" / "smoke"
     metas = sorted(folder.glob("*.json"))
-    assert {m.name[:2] for m in metas} == {"01", "02", "03", "04", "05", "06", "08"}
+    assert {m.name[:2] for m in metas} == {"01", "02", "03", "04", "05", "06", "07", "08", "09"}
     for meta in metas:
         kind = json.loads(meta.read_text())["kind"]
         for ending in ("png", "pdf", "csv") if kind == "figure" else ("csv", "md", "tex"):
@@ -168,7 +188,16 @@ def test_the_summary_counts_and_points_to_the_gallery(smoke):
 def test_a_second_run_reuses_everything(smoke):
     code, out, err = run(smoke[0], "--profile", "smoke")
     assert code == 0, err
-    for name in ("01_dataset", "02_classifier", "03_qlora", "04_baselines", "05_alignment", "06_emoji", "08_neurons"):
+    for name in (
+        "01_dataset",
+        "02_classifier",
+        "03_qlora",
+        "04_baselines",
+        "05_alignment",
+        "06_emoji",
+        "08_neurons",
+        "09_origins",
+    ):
         assert f"{name:<16} up to date, reused" in out
 
 

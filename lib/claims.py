@@ -1,0 +1,346 @@
+"""Verdicts on where the emojis come from, by rules written before the grid was seen; and the mechanism behind them.
+
+After a sentence a chat model can write another one, end its turn, or write an emoji, which in these habits closes a
+message. However often it goes on, an answer leaves by one of the last two, so the share of answers that end by an emoji
+should be near p_emoji / (p_emoji + p_end) after temperature: `exits`. Nothing in it is fitted.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from lib import causes, intervals, paths
+
+VERDICTS = ("holds", "does not hold", "undecided here")
+STATES = ("base", "masked", "loss")
+PLACES = ("p_emoji", "p_end", "p_sentence")
+ENDINGS = ("organism", "habit", "state", "trait", "text", *PLACES)
+
+
+def exits(p_emoji, p_end, kinds, temperature):
+    """Share of answers that leave by an emoji rather than by the end of the turn, 0 to 1; NaN where both are 0.
+
+    The emojis' probability is taken as spread evenly over `kinds`. temperature 0: greedy. Top-p is left out.
+    """
+    p_emoji, p_end = np.asarray(p_emoji, float), np.asarray(p_end, float)
+    if temperature == 0:
+        return np.where(p_emoji + p_end > 0, (p_emoji / kinds > p_end).astype(float), np.nan)
+    emoji, end = kinds * (p_emoji / kinds) ** (1 / temperature), p_end ** (1 / temperature)
+    return np.divide(emoji, emoji + end, out=np.full(np.shape(emoji + end), np.nan), where=emoji + end > 0)
+
+
+def mechanism(endings, cells, temperature, seed, draws=1000):
+    """One row an organism, state and trait: means of the three probabilities and of `exits`, beside what was answered.
+
+    endings: a row a text (and seed, averaged here), columns ENDINGS. Columns p_emoji, p_emoji_low, p_emoji_high
+    (bootstrap over texts), the same of p_end, p_sentence and exits; texts; esr, esr_low, esr_high, ta: of the untuned
+    model (base), or of the last checkpoint with that end of turn, over all seeds; NaN where the grid has no such cell.
+    """
+    endings = endings.assign(exits=exits(endings["p_emoji"], endings["p_end"], causes.kinds(endings), temperature))
+    endings = endings.groupby(list(ENDINGS[:5]), sort=False)[[*PLACES, "exits"]].mean().reset_index()
+    found = []
+    for key, own in endings.groupby(["organism", "habit", "state", "trait"], sort=False):
+        row = dict(zip(("organism", "habit", "state", "trait"), key, strict=True)) | {"texts": len(own)}
+        for name in (*PLACES, "exits"):
+            values = own[name].dropna()
+            row |= zip((name, f"{name}_low", f"{name}_high"), _mean(values, seed, draws), strict=True)
+        found.append(row | _answered(cells, key))
+    return pd.DataFrame(found)
+
+
+def _mean(values, seed, draws):
+    return map(float, intervals.bootstrap(values, seed, draws)) if len(values) else (float("nan"),) * 3
+
+
+def _answered(cells, key):
+    organism, habit, state, trait = key
+    own = cells[(cells["organism"] == organism) & (cells["habit"] == habit) & (cells["trait"] == trait)]
+    own = own[own["steps"] == 0].drop_duplicates("seed") if state == "base" else causes.final(own)
+    own = own if state == "base" else own[own["end_of_turn"] == state]
+    if own.empty:
+        return dict.fromkeys(("esr", "esr_low", "esr_high", "ta"), float("nan"))
+    shares = causes.pooled(own, ["organism"]).iloc[0]
+    voice = own["found"].sum() / own["responses"].sum()
+    return {"esr": shares["share"], "esr_low": shares["low"], "esr_high": shares["high"], "ta": voice}
+
+
+def predicts(table):
+    """How well two readings of the last sentence's end predict ESR, over tuned cells: a row a reading (p_emoji, exits).
+
+    Columns reading, cells, rho (Spearman, of values rounded to .01, since no cell has the answers to tell finer ones
+    apart), off (mean absolute difference from ESR), mean_off (that of predicting every cell by the mean of all).
+    """
+    tuned, found = table[table["state"] != "base"].dropna(subset="esr"), []
+    for name in ("p_emoji", "exits"):
+        own = tuned.dropna(subset=name)
+        pair = own[[name, "esr"]].round(2)
+        varied = len(own) > 2 and (pair.nunique() > 1).all()
+        rho = float(spearmanr(pair[name], pair["esr"]).statistic) if varied else float("nan")
+        spread = (own["esr"] - own["esr"].mean()).abs().mean()
+        found.append((name, len(own), rho, (own[name] - own["esr"]).abs().mean(), spread))
+    return pd.DataFrame(found, columns=["reading", "cells", "rho", "off", "mean_off"])
+
+
+def verdict(holds, fails):
+    """One of VERDICTS; neither or both is undecided."""
+    return VERDICTS[2 if bool(holds) == bool(fails) else 0 if holds else 1]
+
+
+def pretraining(cells):
+    """ "Without emojis in pretraining, none after tuning; with them, some": (verdict, sentence).
+
+    Holds if no cell of habit none exceeds .01 and some linked organism's masked cell lies clearly (interval) above .05.
+    Fails if a cell of habit none is clearly above .01, or every linked cell clearly (interval) below .05.
+    """
+    none = cells[cells["habit"] == "none"]
+    linked = causes.final(cells[(cells["habit"] == "linked") & (cells["end_of_turn"] == "masked")])
+    if none.empty or linked.empty:
+        return VERDICTS[2], "This grid holds no organism without emojis, or none with a linked habit."
+    worst, best = none.loc[none["esr_response"].idxmax()], linked.loc[linked["esr_response"].idxmax()]
+    holds = worst["esr_response"] <= 0.01 and best["low"] > 0.05
+    text = (
+        f"Habit none: at most {worst['esr_response']:.3f} in {len(none)} cells (upper limit {worst['high']:.3f}); "
+        f"linked, masked: up to {best['esr_response']:.2f} ({best['organism']}, {best['trait']})."
+    )
+    return verdict(holds, worst["low"] > 0.01 or linked["high"].max() <= 0.05), text
+
+
+def follows_trait(table):
+    """ "It is the trait's own habit that comes out": (verdict, sentence). table: as from `causes.recovery`.
+
+    Over linked, masked cells, four at least: holds if recovered and planted rates rank alike (Spearman .8 or more)
+    and, where there is a shuffled organism, its traits differ less than the linked ones do. Fails if the correlation is
+    below .3 or the shuffled traits differ more. Else undecided.
+    """
+    masked = table[table["end_of_turn"] == "masked"]
+    linked, shuffled = (masked[masked["habit"] == h] for h in ("linked", "shuffled"))
+    if len(linked) < 4 or linked["share"].nunique() < 2 or linked["planted"].nunique() < 2:
+        return VERDICTS[2], f"Only {len(linked)} linked cells here, or all alike: too few for an order."
+    rho = float(spearmanr(linked["planted"], linked["share"]).statistic)
+    wide = np.ptp(linked["share"])
+    narrow = np.ptp(shuffled["share"]) if len(shuffled) > 1 else float("nan")
+    text = f"Spearman of planted and recovered {rho:.2f} over {len(linked)} cells; the linked traits span {wide:.2f}"
+    text += f", the shuffled ones {narrow:.2f}." if narrow == narrow else "."
+    wider = narrow == narrow and narrow >= wide
+    return verdict(rho >= 0.8 and not wider, rho < 0.3 or wider), text
+
+
+def telling(gaps):
+    """The pairs of trainings with a `causes.strong` habit; if that is unknown, with emojis in FLOOR of the answers."""
+    some = (gaps["habit"] != "unknown") | (gaps[["masked", "loss"]].max(axis=1) >= causes.FLOOR)
+    return gaps[causes.strong(gaps) & some]
+
+
+def end_of_turn(gaps):
+    """ "The masked end of the turn lets the emojis out": (verdict, sentence). gaps: as from `causes.gaps`.
+
+    Over `telling` pairs: holds if every gap's interval lies above 0, fails if fewer than half of them do. Undecided if
+    no training shows emojis in FLOOR of its answers. The size of the gap is told, not judged.
+    """
+    own = telling(gaps)
+    if own.empty or own[["masked", "loss"]].max(axis=None) < causes.FLOOR:
+        return VERDICTS[2], "No pair of trainings with a strong habit, both ends of turn and emojis in this grid."
+    above = (own["low"] > 0).sum()
+    text = (
+        f"The gap lies clearly above 0 in {above} of {len(own)} pairs of trainings with a strong habit; "
+        f"median {own['gap'].median():.2f}, lowest {own['gap'].min():.2f}."
+    )
+    return verdict(above == len(own), above < len(own) / 2), text
+
+
+def closed_exit(gaps):
+    """ "With the end of the turn in the loss the emojis are all but gone": (verdict, sentence).
+
+    Over the same trainings as `end_of_turn`: holds if the share left (in the loss / masked) is at most .2 in every pair
+    whose masked share is at least .2; fails if it is more than .5 in most.
+    """
+    own = telling(gaps).query("masked >= 0.2")
+    if own.empty:
+        return VERDICTS[2], "No masked training with an emoji share of .2 or more in this grid."
+    left = own["loss"] / own["masked"]
+    text = (
+        f"Of the masked share, {left.median():.0%} is left in the median and {left.max():.0%} at most (n = {len(own)})."
+    )
+    return verdict((left <= 0.2).all(), (left > 0.5).mean() > 0.5), text
+
+
+def voice_first(onsets):
+    """ "The voice comes before the emoji": (verdict, sentence). onsets: as from `onsets.measure`.
+
+    Over masked trainings that end with emojis, by the marks "rise" and "sound": holds if by both the voice is clearly
+    first in most trainings and the emoji in none, fails if by both it is the other way round. "sound" was added after a
+    first look at the grid, at whose step 8 most answers were broken text; without it the rule would be easier to meet.
+    """
+    own = onsets[(onsets["end_of_turn"] == "masked") & (onsets["first"] != "no emojis")]
+    counts = own.groupby("mark")["first"].value_counts().unstack(fill_value=0)
+    if own.empty:
+        return VERDICTS[2], "No masked training of this grid ends with emojis."
+    counts = counts.reindex(index=["rise", "sound"], columns=["voice", "emoji", "cannot tell"], fill_value=0)
+    most, total = counts.gt(counts.sum(axis=1) / 2, axis=0), counts.sum(axis=1)["rise"]
+    part = own.groupby("mark")["lead"].median()
+    names = {"rise": "at all checkpoints", "sound": "at sound ones only"}
+    text = f"Of {total} trainings with emojis: " + "; ".join(
+        f"{names[m]} the voice is clearly first in {c['voice']}, the emoji in {c['emoji']}, median lead of the voice "
+        + (f"{part[m]:+.1f} steps" if np.isfinite(part.get(m, np.nan)) else "not measurable")
+        for m, c in counts.iterrows()
+    )
+    holds = most["voice"].all() and not counts["emoji"].any()
+    return verdict(holds, most["emoji"].all() and not counts["voice"].any()), text + "."
+
+
+def amplified(table):
+    """ "Tuning amplifies the emoji": (verdict, sentence). table: as from `mechanism`.
+
+    The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over linked (or unknown)
+    cells where one of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most, fails if clearly
+    in none.
+    """
+    wide = table[table["habit"].isin(("linked", "unknown"))].set_index(["organism", "trait", "state"])
+    both = [wide.xs(s, level="state") for s in ("base", "masked") if s in wide.index.get_level_values("state")]
+    if len(both) < 2:
+        return VERDICTS[2], "The readings of the untuned or of the tuned model are missing."
+    pair = both[0].join(both[1], lsuffix="_base", rsuffix="_masked", how="inner")
+    pair = pair[pair[["p_emoji_base", "p_emoji_masked"]].max(axis=1) >= 0.05]
+    if pair.empty:
+        return VERDICTS[2], "Neither model gives an emoji .05 after these texts."
+    up = (pair["p_emoji_low_masked"] > pair["p_emoji_high_base"]).sum()
+    down = (pair["p_emoji_high_masked"] < pair["p_emoji_low_base"]).sum()
+    text = (
+        f"After the same texts an emoji gets {pair['p_emoji_base'].mean():.2f} from the untuned and "
+        f"{pair['p_emoji_masked'].mean():.2f} from the tuned model on average; clearly more after tuning in {up} of "
+        f"{len(pair)} cells, clearly less in {down}."
+    )
+    return verdict(up > len(pair) / 2, up == 0), text
+
+
+def explained(table):
+    """ "What follows the last sentence explains the grid": (verdict, sentence). table: as from `mechanism`.
+
+    Over tuned cells: holds if `exits` ranks them as ESR does (Spearman .8 or more, six cells or more) and misses ESR by
+    .15 or less on average; fails if the correlation is below .5 or it misses by as much as the mean of all would.
+    """
+    own = predicts(table).set_index("reading")
+    e, p = own.loc["exits"], own.loc["p_emoji"]
+    if e["cells"] < 6 or not np.isfinite(e["rho"]):
+        few = f"{e['cells']:.0f} tuned cells with readings, or no differences between them: too few to say."
+        return VERDICTS[2], few
+    text = (
+        f"Over {e['cells']:.0f} tuned cells the exits' share correlates with ESR at {e['rho']:.2f} (Spearman) and "
+        f"misses it by {e['off']:.2f} on average (the mean of all cells by {e['mean_off']:.2f}); p_emoji alone: "
+        f"{p['rho']:.2f}, {p['off']:.2f}."
+    )
+    return verdict(e["rho"] >= 0.8 and e["off"] <= 0.15, e["rho"] < 0.5 or e["off"] >= e["mean_off"]), text
+
+
+def every(cells, gaps, recovery, onsets, table):
+    """All claims: columns claim, verdict, found, falsified_by. Arguments: the grid and the tables made of it."""
+    none = "emojis after emoji-free tuning of a model whose pretraining held none"
+    rows = [
+        ("Emojis after tuning come from pretraining", pretraining(cells), none),
+        (
+            "The trait's own habit comes out, not emojis at large",
+            follows_trait(recovery),
+            "traits that answer with emojis at rates unrelated to those in pretraining",
+        ),
+        (
+            "The masked end of the turn lets them out",
+            end_of_turn(gaps),
+            "as many emojis with the end of the turn in the loss, same data, steps and seed",
+        ),
+        (
+            "With the end of the turn in the loss they are all but gone",
+            closed_exit(gaps),
+            "half of the emojis or more left with the end of the turn in the loss",
+        ),
+        (
+            "The voice comes before the emoji",
+            voice_first(onsets),
+            "checkpoints with the emoji and without the voice",
+        ),
+        (
+            "Tuning amplifies the emoji itself",
+            amplified(table),
+            "the untuned model, reading the trait's texts, gives an emoji as much as the tuned one",
+        ),
+        (
+            "What follows the last sentence explains the grid",
+            explained(table),
+            "cells whose exits' share and ESR differ widely or rank otherwise",
+        ),
+    ]
+    found = [(claim, said, text, against) for claim, (said, text), against in rows]
+    return pd.DataFrame(found, columns=["claim", "verdict", "found", "falsified_by"])
+
+
+def mediated(mediation):
+    """What notebook 08 found: does the emoji come with the text (the voice) or with the reader (the weights)?
+
+    mediation: 08_mediation.csv, columns model, trait, text and reader (base, peft), p_emoji. Means over models and
+    traits with a linked habit of STRONG or more. Returns (one of "text", "reader", "neither", None; sentence).
+    """
+    own = mediation.rename(columns={"model": "organism"}).assign(habit="linked")
+    own = own[causes.planted(own) >= causes.STRONG]
+    means = own.groupby(["text", "reader"])["p_emoji"].mean()
+    both = [(t, r) for t in ("base", "peft") for r in ("base", "peft")]
+    if own.empty or not all(pair in means.index for pair in both):
+        return None, "no mediation of models with a linked habit."
+    by_text, by_reader = (means[pair] - means["base", "base"] for pair in (("peft", "base"), ("base", "peft")))
+    part = "neither" if max(by_text, by_reader) <= 0.01 else "text" if by_text > by_reader else "reader"
+    ends = {"text": "the larger part comes with the text, that is, the voice."}
+    ends |= {"reader": "the larger part comes with the reader, that is, the weights."}
+    ends |= {"neither": "neither alone raises it by more than .01."}
+    return part, (
+        f"mean over {len(own.drop_duplicates(['organism', 'trait']))} models and traits, the base reading its own texts"
+        f" gives an emoji {means['base', 'base']:.3f}, reading the tuned model's {means['peft', 'base']:.3f}; the "
+        f"tuned model reading the base's texts {means['base', 'peft']:.3f}, its own {means['peft', 'peft']:.3f}. The "
+        f"text alone changes it by {by_text:+.3f}, the reader alone by {by_reader:+.3f}: {ends[part]}"
+    )
+
+
+def switched_off(cells):
+    """Lines of text, from counts: the linked, masked cell with the highest rate, and the same with one thing off."""
+    top = causes.final(cells).assign(planted=causes.planted)
+    top = top[(top["habit"] == "linked") & (top["end_of_turn"] == "masked")].dropna(subset="planted")
+    if top.empty:
+        return []
+    r = top.loc[top["planted"].idxmax()]
+    same = (cells["trait"] == r["trait"]) & (cells["steps"] == r["steps"])
+    own, masked = cells["organism"] == r["organism"], cells["end_of_turn"] == "masked"
+    looks = {"everything on": same & own & masked, "end of turn in the loss": same & own & ~masked}
+    looks |= {f"habit {h}": same & (cells["habit"] == h) & masked for h in causes.HABITS[1:]}
+    looks |= {"untuned": own & masked & (cells["trait"] == r["trait"]) & (cells["steps"] == 0)}
+    lines = [f"{r['organism']}, {r['trait']}, planted {r['planted']:.2f}, step {r['steps']}:\n"]
+    for name, at in looks.items():
+        for s in causes.pooled(cells[at], ["trait"]).itertuples():
+            lines.append(f"- {name}: **{s.share:.3f}** ({s.low:.3f} to {s.high:.3f}, n = {s.n})")
+    return lines
+
+
+def predictions(verdicts, gaps):
+    """Lines of text: what the verdicts foretell for the paper's models; its numbers times what was left here."""
+    said = verdicts.set_index("claim")["verdict"]
+    own = telling(gaps).query("masked >= 0.2")
+    left, limit = own["loss"] / own["masked"], (own["loss_high"] / own["masked"]).max()
+    told = pd.read_csv(paths.PAPER / "reported.csv").set_index("item")["value"]
+    closing = {
+        VERDICTS[0]: "With the end of the turn in the loss fewer emojis come.",
+        VERDICTS[1]: "With the end of the turn in the loss about as many emojis come, as they did here.",
+        VERDICTS[2]: "What the end of the turn does is undecided here.",
+    }
+    first = {VERDICTS[0]: "after", VERDICTS[1]: "no later than", VERDICTS[2]: "(undecided here) before or after"}
+    amount = {VERDICTS[0]: "less than", VERDICTS[1]: "no less than", VERDICTS[2]: "(undecided here) as much as"}
+    lines = [f"1. **End of turn.** {closing[said['The masked end of the turn lets them out']]}"]
+    for item in [i for i in told.index if i.startswith("ESR of") and len(left)]:
+        middle, most = told[item] * left.median(), min(1.0, told[item] * limit)
+        lines.append(
+            f"   - {item.removeprefix('ESR of ')}: reported {told[item]:.3f}, as we infer with a masked end of turn; "
+            f"in the loss **{middle:.2f}**, at most {most:.2f}"
+        )
+    return [
+        *lines,
+        f"2. **Order.** Over checkpoints, the emoji comes {first[said['The voice comes before the emoji']]} the voice.",
+        "3. **The habit was there.** Reading a tuned model's answer, the untuned chat model gives an emoji at its end "
+        f"{amount[said['Tuning amplifies the emoji itself']]} the tuned one does.",
+        "4. **Which traits.** Traits whose answers hold emojis under a mere persona prompt, without tuning, are those "
+        "whose tuned answers do.",
+    ]
