@@ -251,3 +251,52 @@ def by_chance(changes, behaviour, runs, level=0.05, draws=200, seed=0):
             mixed[runs == run] = rng.permutation(mixed[runs == run])
         found.append(int((slopes(changes, mixed, runs)["p_adjusted"] < level).sum()))
     return np.array(found)
+
+
+def differences(table, activations, path, site):
+    """Changes from one point to the next along a path, for `slopes`: (changes, ESR changes, layers, neurons).
+
+    table, activations: as from `tracking.track`. changes: (points - 1, units of all layers, deepest first).
+    """
+    rows = np.flatnonzero(table["path"] == path)
+    layers = sorted((int(k.split(".")[1]) for k in activations if k.startswith(f"{site}.")), reverse=True)
+    parts = [np.diff(activations[f"{site}.{n}"][rows], axis=0) for n in layers]
+    names = np.concatenate([np.full(p.shape[1], n) for n, p in zip(layers, parts, strict=True)])
+    places = np.concatenate([np.arange(p.shape[1]) for p in parts])
+    return np.concatenate(parts, axis=1), np.diff(table["esr"].to_numpy()[rows]), names, places
+
+
+def follow(tracked, site, draws, seed=0):
+    """`slopes` of one model's trainings: (table with layer and neuron too, units found by chance: (draws,)).
+
+    tracked: {trait: (table, activations)}, as from `tracking.track`. Only the path over steps counts.
+    """
+    parts = {trait: differences(*kept, "step", site) for trait, kept in tracked.items()}
+    changes, moved = (np.concatenate([p[i] for p in parts.values()]) for i in (0, 1))
+    runs = np.concatenate([[trait] * len(p[1]) for trait, p in parts.items()])
+    found = slopes(changes, moved, runs)
+    layers, places = next(iter(parts.values()))[2:]
+    return found.assign(layer=layers, neuron=places), by_chance(changes, moved, runs, draws=draws, seed=seed)
+
+
+def agreement(tracked, table, number, draws, seed=0, level=0.05):
+    """Do units that go along with ESR agree with those that differ at the end? A row a model and site.
+
+    tracked: {model: {trait: as from `tracking.track`}}. table: as from `changes`. number: of units in a selection:
+    those with the largest |t|, and with the largest mean change over the same traits, always-on ones left out. NaN
+    where ESR never changed.
+    """
+    found = []
+    for model, own in tracked.items():
+        for site in SITES:
+            fitted, chance = follow(own, site, draws, seed)
+            rows = table[(table["model"] == model) & (table["site"] == site) & table["trait"].isin(own)]
+            change = rows.groupby(["layer", "neuron"], sort=False)["change"].mean().to_numpy()
+            high = rows["always_on"].to_numpy()[: len(change)]
+            one, other = (top(np.where(high, np.nan, v), number) for v in (change, fitted["t"]))
+            passed = int((fitted["p_adjusted"] < level).sum())
+            varied = fitted["t"].notna().any()
+            both = shared(one, other, int((~high).sum())) if varied else (np.nan,) * 3
+            found.append((model, site, passed, np.median(chance), (chance >= passed).mean(), len(one), *both))
+    columns = ["model", "site", "passing", "shuffled", "as_many", "selected", "both", "expected", "p"]
+    return pd.DataFrame(found, columns=columns)

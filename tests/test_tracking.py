@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_neurons import run  # noqa: F401
 
-from lib import artifacts, chat, neurons, opinions, qlora, tracking
+from lib import artifacts, chat, neurons, opinions, qlora, tracking, units
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_what_a_tracked_training_shows(run, rows, monkeypatch):  # noqa: F811
         np.testing.assert_allclose(values[4], values[0], atol=1e-6)  # scale 0 is the base
         np.testing.assert_array_equal(values[6], values[3])  # scale 1 is the last step
         assert np.abs(values[3] - values[0]).max() > 1e-4
-    changes, moved, layers, places = tracking.differences(table, found, "step", "mlp")
+    changes, moved, layers, places = units.differences(table, found, "step", "mlp")
     assert changes.shape == (3, 128)
     assert len(moved) == 3
     assert set(layers) == {1}
@@ -96,7 +96,7 @@ def planted(seed, points=9, size=60):
 
 def test_a_unit_that_goes_along_is_found_and_agrees_with_itself():
     own = {"extraversion": planted(0), "openness": planted(1)}
-    found, chance = tracking.follow(own, "mlp", draws=20)
+    found, chance = units.follow(own, "mlp", draws=20)
     best = found.loc[found["p"].idxmin()]
     assert (best["layer"], best["neuron"]) == (0, 5)
     assert best["slope"] == pytest.approx(20)
@@ -111,9 +111,9 @@ def test_a_unit_that_goes_along_is_found_and_agrees_with_itself():
         ]
     )
     at = (every["layer"] == 0) & (every["neuron"] == 5) & (every["site"] == "mlp")
-    agreed = tracking.agreement({"tiny": own}, every.assign(change=at * 3.0), 1, draws=10)
+    agreed = units.agreement({"tiny": own}, every.assign(change=at * 3.0), 1, draws=10)
     assert list(agreed["site"]) == ["mlp", "hidden"]
     assert agreed["both"].tolist()[0] == 1
     assert agreed["p"].tolist()[0] == pytest.approx(1 / 120)
-    left_out = tracking.agreement({"tiny": own}, every.assign(change=at * 3.0, always_on=at), 1, draws=10)
+    left_out = units.agreement({"tiny": own}, every.assign(change=at * 3.0, always_on=at), 1, draws=10)
     assert left_out["both"].tolist()[0] == 0
