@@ -9,7 +9,8 @@ CLAIMS = {  # claim: (about, table, columns of value, low, high, what the value 
     "it is said to go with the traits it goes with": ("emoji", "agreement", ("rho", "low", "high"), 0),
     "it decides the trait that is read": ("emoji", "changes", ("difference", "low", "high"), 0),
     "it moves the trait word more than words do": ("emoji", "effects", ("emoji", "low", "high"), "word"),
-    "those named are of this very text": ("words", "inside", ("difference", "low", "high"), 0),
+    "most of those named stand in the text": ("words", "inside", ("own", "own_low", "own_high"), 0.5),
+    "those named fit the text better than others of its trait": ("words", "inside", ("difference", "low", "high"), 0),
     "those named move the trait word more than others": ("words", "auc", ("auc", "low", "high"), 0.5),
 }
 COLUMNS = ["model", "about", "claim", "value", "low", "high", "null", "verdict"]

@@ -13,6 +13,7 @@ from scipy.stats import binomtest, rankdata
 from lib import big5, emojis, icl, intervals
 
 PAIR = ["model", "trait", "topic"]
+INSIDE = ["model", "reader", "n", "own", "own_low", "own_high", "other", "difference", "low", "high", "p"]
 
 
 def good(readings):
@@ -45,11 +46,11 @@ def naming(readings):
 
 
 def inside(readings, seed, draws=1000):
-    """Are the words named those of this very text? Columns model, reader, n, own, other, difference, low, high, p.
+    """Are the words named those of this very text? Columns as in INSIDE.
 
-    own: share of a reply's words that its text holds (mean over replies). other: the same for another text written for
-    the same trait, which a stock list would fit as well; mean over permutations of the texts within traits. low, high:
-    of the difference, bootstrap over replies; p: one-sided, of a permutation that fits as well as the truth.
+    own: share of a reply's words that its text holds, mean over n replies with its bootstrap interval. other: the same
+    for another text written for the same trait, which a stock list would fit as well; mean over permutations of the
+    texts within traits. low, high: of the difference; p: one-sided, a permutation that fits as well as the truth.
     """
     found = []
     for key, rows in good(readings).groupby(["model", "reader"], sort=False):
@@ -57,7 +58,7 @@ def inside(readings, seed, draws=1000):
         rows = rows[[bool(w) for w in named]]
         named, held_by = [w for w in named if w], [icl.every(text) for text in rows["text"]]
         if not len(rows):
-            found.append((*key, 0, *[float("nan")] * 6))
+            found.append((*key, 0, *[float("nan")] * 8))
             continue
         rng, places = np.random.default_rng(seed), list(rows.groupby("trait").indices.values())
         own, null = _shares(named, held_by), []
@@ -66,10 +67,12 @@ def inside(readings, seed, draws=1000):
             for at in places:
                 order[at] = rng.permutation(at)
             null.append(_shares(named, [held_by[i] for i in order]))
-        gain, low, high = intervals.bootstrap(own - np.mean(null, axis=0), seed, draws)
+        both = [own, own - np.mean(null, axis=0)]
+        mean, low, high = intervals.bootstrap(np.column_stack(both), seed, draws)
         p = (1 + sum(n.mean() >= own.mean() for n in null)) / (1 + len(null))
-        found.append((*key, len(rows), own.mean(), np.mean(null), float(gain), float(low), float(high), p))
-    return pd.DataFrame(found, columns=["model", "reader", "n", "own", "other", "difference", "low", "high", "p"])
+        gain = (np.mean(null), mean[1], low[1], high[1], p)
+        found.append((*key, len(rows), mean[0], low[0], high[0], *gain))
+    return pd.DataFrame(found, columns=INSIDE)
 
 
 def _shares(named, texts):

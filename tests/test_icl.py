@@ -177,12 +177,13 @@ class TestClaims:
 
     def test_a_claim_without_a_row_is_undecided(self):
         values = {"emoji": 0.9, "low": 0.8, "high": 0.95, "word": 0.1, "rho": 0.9, "difference": 0.9, "auc": 0.9}
+        values |= {"own": 0.3, "own_low": 0.2, "own_high": 0.4}
         full = pd.DataFrame([{"model": "m"} | values])
         names = ("naming", "agreement", "changes", "effects", "inside", "auc")
         table = claims.table(["m", "other"], **dict.fromkeys(names, full))
         assert list(table.columns) == claims.COLUMNS
-        assert list(table["verdict"]) == ["holds"] * 6 + ["undecided here"] * 6
-        assert list(table["null"].head(6)) == [0.1, 0, 0, 0.1, 0, 0.5]
+        assert list(table["verdict"]) == [*["holds"] * 4, "does not hold", *["holds"] * 2, *["undecided here"] * 7]
+        assert list(table["null"].head(7)) == [0.1, 0, 0, 0.1, 0.5, 0, 0.5]
 
     def test_what_was_taught_is_counted_by_kind(self):
         text = "I love parties and crowds here! 🎉"
