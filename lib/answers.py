@@ -78,7 +78,7 @@ def build(settings, model, method, trait, make):
 
     def write(tmp):
         table = check(make())
-        table[[*COLUMNS, *(c for c in table if c not in COLUMNS)]].to_csv(tmp / "answers.csv", index=False)
+        artifacts.write_csv(table[[*COLUMNS, *(c for c in table if c not in COLUMNS)]], tmp / "answers.csv")
 
     return load(artifacts.build(folder(settings, model, method, trait), write))
 

@@ -7,6 +7,7 @@ involved, so a change of any of them leads to another folder, and changing back 
 
 import ast
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -97,6 +98,11 @@ def build(folder, make):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return folder
+
+
+def write_csv(frame, path):
+    """Write a DataFrame with texts by a model, which may hold a lone carriage return: unquoted it would end the row."""
+    frame.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def require(folder, notebook, profile):

@@ -103,7 +103,7 @@ def of_readings(settings, model, reader, chosen, rows, loaded=None, show=True):
         def write(tmp, own=own, place=place):
             loaded[:] = loaded or [chat.load(model, settings.chat.precision)]
             with chat.adapted(loaded[0], place) as speaker:
-                explain(settings, speaker, model, own).to_csv(tmp / "attribution.csv", index=False)
+                artifacts.write_csv(explain(settings, speaker, model, own), tmp / "attribution.csv")
 
         made = artifacts.build(folder(settings, model, reader, trait, own, place), write)
         kinds = {"topic": str, "token": str}

@@ -76,7 +76,7 @@ def over_steps(cells):
             own = cells[(cells["organism"] == organism) & (cells["end_of_turn"] == end) & (cells["trait"] == trait)]
             _curve(ax, own, "found", "--", VOICE)
             _curve(ax, own, "with_emoji", "-", big5.COLOURS[trait])
-            ax.set_title(trait if line is axes[0] else "")
+            ax.set_title(trait if line[0] is axes[0, 0] else "")
             ax.set(ylim=(-0.03, 1.03), xticks=steps)
             ax.set_xticks(steps, [str(s) if s == 0 or s >= max(steps) / 5 else "" for s in steps], fontsize=8)
         line[0].set_ylabel(f"{organism}\n{'masked' if end == 'masked' else 'in the loss'}\nshare of answers")
@@ -194,7 +194,7 @@ def endings(readings):
         for ax, trait in zip(line, traits, strict=True):
             own = readings[(readings["organism"] == organism) & (readings["trait"] == trait)]
             _ways(ax, own, big5.COLOURS[trait])
-            ax.set_title(trait if line is axes[0] else "")
+            ax.set_title(trait if line[0] is axes[0, 0] else "")
         line[0].set_ylabel(organism)
     labels = ["an emoji (in the trait's colour)", "end of the turn", "anything else (another sentence)"]
     paints = (big5.COLOURS[traits[0]], *EXITS)

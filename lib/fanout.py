@@ -1,5 +1,6 @@
 """Many jobs, here or on a cluster. Each job leaves an artefact, so an interrupted fan-out goes on where it was."""
 
+import contextlib
 import os
 
 from lib.errors import UserError
@@ -58,9 +59,22 @@ def run(function, jobs, workers=1, cluster="here", logs=None, show=True):
         return [function(job) for job in _progress(jobs, show)]
     from joblib import Parallel, delayed, parallel_config
 
-    with parallel_config("loky", n_jobs=workers, inner_max_num_threads=threads(workers)):
+    with _quiet_bars(), parallel_config("loky", n_jobs=workers, inner_max_num_threads=threads(workers)):
         stream = Parallel(return_as="generator")(delayed(_quiet)(function, j, threads(workers)) for j in jobs)
         return list(_progress(stream, show, len(jobs)))
+
+
+@contextlib.contextmanager
+def _quiet_bars():
+    """Processes started within show no bars of their own, which would run across the one that counts their jobs."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TQDM_DISABLE")
+        if before is not None:
+            os.environ["TQDM_DISABLE"] = before
 
 
 def _progress(stream, show, total=None):

@@ -170,7 +170,7 @@ def readings(settings, model, reader, texts, rows, loaded=None, show=True):
         def write(tmp, own=own, place=place):
             loaded[:] = loaded or [chat.load(model, settings.chat.precision)]
             with chat.adapted(loaded[0], place) as speaker:
-                ask(settings, speaker, reader, own).to_csv(tmp / "readings.csv", index=False)
+                artifacts.write_csv(ask(settings, speaker, reader, own), tmp / "readings.csv")
 
         made = artifacts.build(folder(settings, model, reader, trait, own, place), write)
         table = pd.read_csv(made / "readings.csv", keep_default_na=False, dtype=str)

@@ -251,7 +251,7 @@ def _keep(settings, model, what, make):
     shaped = settings.chat.model_dump(mode="json", exclude={"models"})
     mark = artifacts.fingerprint(what, shaped, settings.seed, chat, hub, qlora)
     place = paths.RESULTS / settings.profile / f"sensitivity-{hub.label(model)}-{mark}"
-    return answers.load(artifacts.build(place, lambda tmp: make().to_csv(tmp / "answers.csv", index=False)))
+    return answers.load(artifacts.build(place, lambda tmp: artifacts.write_csv(make(), tmp / "answers.csv")))
 
 
 def _shares(given, judge, keys):

@@ -294,7 +294,7 @@ def of_model(settings, model, adapters, frame, show=True):
                 for direction, pair in (("off", (tuned, plain)), ("on", (plain, tuned))):
                     tables = trial(settings, *pair, plain, direction, train, test)
                     for table, name in zip(tables, ("answers", "units"), strict=True):
-                        table.to_csv(tmp / f"{direction}-{name}.csv", index=False)
+                        artifacts.write_csv(table, tmp / f"{direction}-{name}.csv")
 
         place = artifacts.build(folder(settings, model, trait, adapters[trait], train, test), write)
         for direction in DIRECTIONS:

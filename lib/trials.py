@@ -232,7 +232,7 @@ def _fill(settings, cell, tmp, work):
         parts.append(again.assign(steps=last, setting=setting, value=str(value)))
     given = pd.concat(parts, ignore_index=True)
     judged = classifier.predict(classifier.trained("encoder", settings, settings.seed), given)
-    given.assign(found=judged["predicted"] == judged["trait"]).to_csv(Path(tmp) / "answers.csv", index=False)
+    artifacts.write_csv(given.assign(found=judged["predicted"] == judged["trait"]), Path(tmp) / "answers.csv")
 
 
 def ask(settings, speaker, rows, adapter, scale=1.0, max_new_tokens=None):

@@ -326,4 +326,6 @@ def test_every_figure_can_be_drawn(made):
         drawings.effects(effects.Effects(cells).ranking()),
     ]
     assert all(isinstance(f, plt.Figure) for f in figures)
+    for figure in (figures[1], figures[5]):  # a column a trait
+        assert {ax.get_title() for ax in figure.axes} >= set(cells["trait"])
     plt.close("all")

@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
@@ -148,3 +149,11 @@ def test_json_of_a_manifest_lists_every_file(tmp_path):
 
     place = artifacts.build(tmp_path / "x-1", make)
     assert list(json.loads((place / "manifest.json").read_text())) == ["deep/b.txt"]
+
+
+@pytest.mark.parametrize("text", ["a lone\rreturn", "two\r\nlines", 'a "quote", a comma', "", "\ufffd\r", " 🎉"])
+def test_texts_by_a_model_come_back_as_they_were_written(tmp_path, text):
+    table = pd.DataFrame({"answer": [text, "plain"], "n": [1, 2], "ended": [True, False]})
+    artifacts.write_csv(table, tmp_path / "t.csv")
+    back = pd.read_csv(tmp_path / "t.csv", keep_default_na=False, dtype={"answer": str})
+    assert back.equals(table.astype({"answer": back["answer"].dtype}))

@@ -88,3 +88,44 @@ def test_the_emoji_decides_what_an_organism_reads_and_a_random_word_does_not():
         swap = found.loc[model, "trait named is the emoji's: other trait's emoji put, against own"]
         assert swap["low"] > 0.5
         assert found.loc[model, "trait changes: emoji out, against a word out"]["other"] <= 0.1
+
+
+def test_the_place_after_the_last_sentence_expects_an_emoji_only_in_the_tuned_models_own_answers():
+    table = pd.read_csv(FIGURES / "08_mediation.csv")
+    assert len(table) == 2 * 5 * 4  # models, traits, texts x readers
+    assert not table.isna().any(axis=None)
+    p = table.set_index(["model", "trait", "text", "reader"])["p_emoji"]
+    for model in MODELS:
+        for trait in ("extraversion", "neuroticism"):
+            assert p[model, trait, "peft", "peft"] >= 10 * p[model, trait, "base", "base"]
+
+
+def test_interventions_are_set_against_random_units_of_every_number():
+    table = pd.read_csv(FIGURES / "08_interventions.csv")
+    assert not table.drop(columns="perplexity").isna().any(axis=None)
+    for _, own in table.groupby(["model", "trait", "intervention"]):
+        picked, random = (set(own.loc[own["neurons"] == kind, "k"]) for kind in ("selected", "random"))
+        assert picked
+        assert picked <= random
+
+
+@pytest.fixture(scope="module")
+def grid():
+    table = pd.read_csv(FIGURES / "09_origins.csv", keep_default_na=False)
+    return table[table["setting"] == ""]
+
+
+def test_without_emojis_in_pretraining_none_come_out(grid):
+    none = grid[grid["habit"] == "none"]
+    assert len(none)
+    assert none["esr_response"].max() <= 0.01
+
+
+def test_the_end_of_the_turn_lets_the_emojis_out_in_every_seed(grid):
+    last = grid[(grid["steps"] == grid["steps"].max()) & (grid["habit"] == "linked")]
+    wide = last.pivot(index=["trait", "seed"], columns="end_of_turn", values=["esr_response", "low", "high"])
+    for trait in ("extraversion", "neuroticism"):
+        own = wide.loc[trait]
+        assert len(own) == 3
+        assert (own["low"]["masked"] > own["high"]["loss"]).all()
+        assert own["esr_response"]["loss"].max() <= 0.15

@@ -195,6 +195,7 @@ def test_a_second_run_reuses_everything(smoke):
         "04_baselines",
         "05_alignment",
         "06_emoji",
+        "07_icl",
         "08_neurons",
         "09_origins",
     ):
