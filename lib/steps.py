@@ -93,8 +93,11 @@ def fingerprint(path, settings):
 
 
 def outputs(path, settings):
-    """The files of a notebook in figures/<profile>/."""
-    return sorted((paths.FIGURES / settings.profile).glob(f"{path.stem[:2]}_*.*"))
+    """The files of a notebook in figures/<profile>/; of 09 those of the run's own grid, so that the other's stay."""
+    found = sorted((paths.FIGURES / settings.profile).glob(f"{path.stem[:2]}_*.*"))
+    if path.stem != "09_origins":
+        return found
+    return [p for p in found if p.name.startswith("09_quick_") == (settings.origins.grid == "quick")]
 
 
 def record_path(path, settings):

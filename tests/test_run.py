@@ -12,7 +12,7 @@ import time
 import nbformat
 import pytest
 
-from lib import paths
+from lib import paths, profiles, steps
 
 ONCE = 420  # seconds a smoke run may take on a slow machine before it counts as hanging
 
@@ -106,6 +106,17 @@ def test_neuron_results(smoke):
     assert found["prompts"] == 17
     assert found["units_kept"] == 2 * 5 * 2 * 5  # models, traits, sites, units kept of each
     assert 0 <= found["units_passing"] <= 1
+
+
+def test_a_quick_grid_leaves_the_figures_of_the_full_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    (tmp_path / "tiny").mkdir()
+    for name in ("09_origins.csv", "09_quick_origins.csv", "08_neurons.csv"):
+        (tmp_path / "tiny" / name).write_text("a")
+    notebook = paths.NOTEBOOKS / "09_origins.ipynb"
+    for grid, own in (("quick", "09_quick_origins.csv"), ("full", "09_origins.csv")):
+        settings = profiles.load("tiny", 0, {"origins.grid": grid})
+        assert [p.name for p in steps.outputs(notebook, settings)] == [own]
 
 
 def test_origin_results(smoke):
