@@ -14,7 +14,7 @@ import pytest
 
 from lib import paths, profiles, steps
 
-ONCE = 420  # seconds a smoke run may take on a slow machine before it counts as hanging
+ONCE = 900  # seconds a smoke run may take on a slow machine before it counts as hanging
 
 
 @pytest.fixture(scope="module")
