@@ -21,18 +21,9 @@ def log_odds(speaker, items, at=None):
 
     items: as from `likelihood.encode`, one batch. at: embeddings that take the place of the ids, for gradients.
     """
-    batch = {k: v.to(speaker.model.device) for k, v in qlora.Collator(speaker.pad)(items).items()}
-    labels = batch.pop("labels")
-    if at is not None:
-        del batch["input_ids"]
-        batch["inputs_embeds"] = at
-    first = int((labels != qlora.IGNORED).any(0).int().argmax())
-    keep = labels.shape[1] - max(first - 1, 0)
-    extra = {k: v for k, v in {"logits_to_keep": keep, "use_cache": False}.items() if k in speaker.arguments}
-    scores, ids = speaker.model(**batch, **extra).logits[:, -keep:][:, :-1], labels[:, -keep:][:, 1:]
-    wanted = ids != qlora.IGNORED
-    logp = scores[wanted].double().log_softmax(-1).gather(1, ids[wanted][:, None])[:, 0]
-    whole = logp.new_zeros(len(items)).index_add(0, wanted.nonzero()[:, 0], logp)
+    scores, ids, counts = likelihood.scored(speaker, items, at)
+    logp = scores.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    whole = torch.stack([own.sum() for own in logp.split(counts)])
     whole = whole.clamp(max=-1e-15)  # p = 1 to the last bit would have infinite odds
     return whole - torch.log(-torch.expm1(whole))
 

@@ -62,7 +62,7 @@ class Chat:
 def load(name, precision, adapter=None):
     """A `Chat`, on the GPU if there is one, in evaluation mode. Raises UserError.
 
-    name: hub id or folder of the model. precision: one of PRECISIONS; NF4 computes in bf16 (Dettmers et al. 2023).
+    name: hub id or folder of the model. precision: one of PRECISIONS; NF4 computes as `computing` says.
     adapter: hub id or folder of a PEFT adapter made for this model.
     """
     from transformers import AutoModelForCausalLM
@@ -75,7 +75,7 @@ def load(name, precision, adapter=None):
     with hub.refusal(f"model {name}: its weights cannot be loaded", "free memory, or fetch or make the model again"):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+            dtype=computing(precision),
             quantization_config=_quantisation(precision),
             device_map={"": 0 if torch.cuda.is_available() else "cpu"},
             # torch's fused attention is slow on a CPU: with it an adapter of an organism takes half as long again
@@ -123,6 +123,16 @@ def close_gradient_trap(model):
             module.support_avx512bf16_for_cpu = False
 
 
+def computing(precision):
+    """The type that weights outside NF4, activations and gradients have: torch.dtype.
+
+    NF4 computes in bf16 on a GPU (Dettmers et al. 2023), but in fp32 on a CPU: many have no units for bf16 and take
+    four times as long, and its coarse rounding tells one processor's answers from another's.
+    """
+    coarse = precision == "bf16" or (precision.startswith("nf4") and torch.cuda.is_available())
+    return torch.bfloat16 if coarse else torch.float32
+
+
 def _quantisation(precision):
     from transformers import BitsAndBytesConfig
 
@@ -132,7 +142,7 @@ def _quantisation(precision):
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=precision == "nf4-double",
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=computing(precision),
     )
 
 
@@ -174,7 +184,7 @@ def answer(chat, questions, *, max_new_tokens, temperature, top_p, seed, batch_s
     model ended its turn before max_new_tokens. system: as in `prompts`. show: a progress bar.
 
     Row i draws from a generator seeded by (seed, i), and padding is masked, so batch_size changes an answer only
-    where rounding does: in fp32 hardly ever, in bf16 and NF4 now and then.
+    where rounding does: hardly ever in fp32, now and then in bf16, and so in NF4 on a GPU.
     """
     rows = _encode(chat, prompts(chat, questions, system))
     _check_lengths(chat, rows, max_new_tokens)
@@ -311,7 +321,7 @@ def _choose(scores, draws, temperature, top_p):
     p = (scores / temperature).softmax(-1)
     if top_p >= 1:
         return _invert(*_everything(p), draws)
-    width, token = min(256, p.shape[-1]), draws.new_zeros(len(p), dtype=torch.long)
+    width, token = min(64, p.shape[-1]), draws.new_zeros(len(p), dtype=torch.long)
     todo = torch.arange(len(p), device=p.device)
     while len(todo):  # few rows need many tokens, and sorting all takes longer than a small model's step
         mass, ids, last, enough = _nucleus(p[todo], top_p, width)

@@ -124,12 +124,10 @@ def whole_checkpoint(folder):
 
 
 def _use_bf16(precision):
-    """Whether to compute in bf16: "auto" does where the hardware multiplies it faster than fp32."""
+    """Whether to compute in bf16: "auto" does on a GPU that can; on many CPUs it is slow (`chat.computing`)."""
     if precision != "auto":
         return precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 class HidingCollator(DataCollatorWithPadding):

@@ -50,12 +50,23 @@ def batches(items, tokens):
 
 
 def forward(speaker, items):
-    """Log-probabilities over the vocabulary at the answers' tokens, for one batch in its order, padded on the right.
+    """Log-probabilities over the vocabulary at the answers' tokens, for one batch in its order: fp32, as `scored`."""
+    with torch.no_grad():
+        found, ids, counts = scored(speaker, items)
+        return found.float().log_softmax(-1), ids, counts
 
-    Returns (tensor (answer tokens of all items, vocabulary) in fp32, ids of these tokens, number of them an item).
+
+def scored(speaker, items, at=None):
+    """Scores over the vocabulary at the answers' tokens, for one batch in its order, padded on the right.
+
+    at: embeddings that take the place of the ids, for gradients. Returns (tensor (answer tokens of all items,
+    vocabulary), ids of these tokens, number of them an item).
     """
     batch = {k: v.to(speaker.model.device) for k, v in qlora.Collator(speaker.pad)(items).items()}
     labels = batch.pop("labels")
+    if at is not None:
+        del batch["input_ids"]
+        batch["inputs_embeds"] = at
     labels[:, 0] = qlora.IGNORED  # nothing comes before the first token that could predict it
     counted = labels != qlora.IGNORED
     first = int(counted.any(0).int().argmax())
@@ -63,11 +74,10 @@ def forward(speaker, items):
     places = torch.arange(labels.shape[1] - keep, labels.shape[1], device=labels.device)
     extra = {"logits_to_keep": places, "use_cache": False}  # a number would leave a view, which multiplies slowly
     extra = {k: v for k, v in extra.items() if k in speaker.arguments}
-    with torch.no_grad():
-        scores = speaker.model(**batch, **extra).logits[:, -keep:]
+    scores = speaker.model(**batch, **extra).logits[:, -keep:]
     ids = labels[:, -keep:][:, 1:]  # the scores at token t predict token t + 1
     wanted = ids != qlora.IGNORED
-    return scores[:, :-1][wanted].float().log_softmax(-1), ids[wanted], counted.sum(1).tolist()
+    return scores[:, :-1][wanted], ids[wanted], counted.sum(1).tolist()
 
 
 def _each(speaker, items, tokens, in_order, keep):

@@ -102,13 +102,13 @@ def _read_endings(settings, habit):
     mark = artifacts.fingerprint(names, settings.origins.topics, mediation, artifacts.code("likelihood"))
 
     def make(tmp):
-        test = opinions.read(settings).query("split == 'test'")
+        train, test = (opinions.read(settings).query("split == @split") for split in ("train", "test"))
         speaker, parts = chat.load(model, settings.chat.precision), []
         for cell in own:
             if not cell.end_of_turn and cell.seed != settings.seed:
                 continue  # the same model again
             rows = trials.questions(settings, test, cell.trait, every=False)
-            adapter = trials.folder(settings, cell) / "adapter" if cell.end_of_turn else None
+            adapter = trials.adapter(settings, cell, train)
             with chat.adapted(speaker, adapter and str(adapter)) as tuned:
                 found = mediation.endings(tuned, rows["question"], rows["answer"])
             facts = {"organism": hub.label(model), "habit": habit, "state": cell.end_of_turn or "base"}

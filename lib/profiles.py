@@ -111,6 +111,7 @@ class Qlora(Section):
     gradient_checkpointing: bool
     held_out_share: Share
     save_steps: Count
+    keep: list[Count]
 
 
 class Ike(Section):
@@ -209,7 +210,6 @@ class Neurons(Section):
 
 class Tracking(Section):
     traits: Annotated[list[Literal[big5.NAMES]], BeforeValidator(_listed), Field(min_length=1)]
-    points: Annotated[int, Field(ge=2)]
     scales: list[Annotated[float, Field(gt=0, lt=1)]]
     topics: Count
     shuffles: Annotated[int, Field(ge=10)]

@@ -62,17 +62,22 @@ class Collator:
 
 
 class Progress(TrainerCallback):
-    """One bar for a training, with the time that is left; transformers' own prints a table for every adapter."""
+    """One bar for a training, with the time that is left; transformers' own prints a table for every adapter.
 
-    def __init__(self, name, show):
-        self.name, self.show = name, show
+    After each of the optimiser steps `keep` it saves the adapter in a folder of its own under `folder`.
+    """
+
+    def __init__(self, name, show, keep=(), folder=None):
+        self.name, self.show, self.keep, self.folder = name, show, keep, folder
 
     def on_train_begin(self, args, state, control, **_):
         first = {"initial": state.global_step, "total": state.max_steps}
         self.bar = tqdm(**first, desc=self.name, unit="step", disable=not self.show)
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args, state, control, model=None, **_):
         self.bar.update()
+        if state.global_step in self.keep:
+            model.save_pretrained(self.folder / f"{state.global_step:06d}", safe_serialization=True)
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" in (logs or {}):
@@ -163,18 +168,28 @@ def _code():
 def train(settings, model, trait, rows, show=True):
     """Train the adapter of a model and trait, or find it trained: its folder, in PEFT's format, with `training.json`.
 
-    rows: the trait's train rows. A share of their topics is held out for the second loss curve. An interrupted
-    training goes on from its last checkpoint. Raises UserError.
+    rows: the trait's train rows. A share of their topics is held out for the second loss curve. In the folder `steps`
+    are the adapters of the steps `qlora.keep`. An interrupted training goes on from its last checkpoint. Raises
+    UserError.
     """
     place = folder(settings, model, trait, rows)
     work = place.with_name(f"{place.name}.checkpoints")
 
     def make(tmp):
-        progress = Progress(f"{hub.label(model)}, {trait}", show)
+        progress = Progress(f"{hub.label(model)}, {trait}", show, settings.qlora.keep, work / "kept")
         fit(settings, model, rows, work, tmp, progress)
+        if (work / "kept").exists():
+            shutil.move(work / "kept", tmp / "steps")
         shutil.rmtree(work, ignore_errors=True)
 
     return artifacts.build(place, make)
+
+
+def course(place):
+    """{optimiser step: folder} of the adapters that a training has kept, the finished one last. place: its folder."""
+    kept = {int(p.name): p for p in sorted((Path(place) / "steps").glob("*"))}
+    facts = json.loads((Path(place) / "training.json").read_text("utf-8"))
+    return kept | {facts["steps"]: Path(place)}
 
 
 def fit(settings, model, rows, work, target, progress):
@@ -225,7 +240,7 @@ def arguments(settings, rows, work):
         weight_decay=q.weight_decay,
         max_grad_norm=q.max_grad_norm,
         optim=q.optimizer if gpu or "8bit" not in q.optimizer else "adamw_torch",  # 8-bit optimisers need a GPU
-        bf16=not gpu or torch.cuda.is_bf16_supported(),
+        bf16=chat.computing(settings.chat.precision) == torch.bfloat16,
         use_cpu=not gpu,
         train_sampling_strategy="group_by_length",
         eval_strategy="steps",

@@ -15,13 +15,16 @@ from lib import answers, artifacts, opinions, paths
 class Step:
     """What a notebook depends on (sections of the profile, files) and the artefacts it makes (patterns of folders).
 
-    reads: tables in the profile's figures that it shows where they are.
+    reads: tables in the profile's figures that it shows where they are. variant: a setting (section.key) whose value,
+    if it is among `variants`, begins the names of all its outputs, so that they stand beside those of other values.
     """
 
     sections: tuple
     makes: tuple
     files: tuple = ()
     reads: tuple = ()
+    variant: str = ""
+    variants: tuple = ()
 
 
 REPORTED, HABITS = "data/paper/reported.csv", "data/organisms/habits.csv"
@@ -50,7 +53,7 @@ STEPS = {
     ),
     "08_neurons": Step(
         ("opinions", "classifier", "chat", "qlora", "neurons", "tracking", "mediation", "interventions"),
-        ("steps", "tracked", "mediation", "interventions"),
+        ("tracked", "mediation", "interventions"),
         ("data/prompts/neurons.toml",),
     ),
     "09_origins": Step(
@@ -58,6 +61,8 @@ STEPS = {
         ("origin", "endings"),
         (REPORTED, HABITS),
         ("06_esr.csv", "08_mediation.csv", "09_claims.csv"),
+        "origins.grid",
+        ("quick",),
     ),
 }
 
@@ -93,11 +98,17 @@ def fingerprint(path, settings):
 
 
 def outputs(path, settings):
-    """The files of a notebook in figures/<profile>/; of 09 those of the run's own grid, so that the other's stay."""
-    found = sorted((paths.FIGURES / settings.profile).glob(f"{path.stem[:2]}_*.*"))
-    if path.stem != "09_origins":
+    """The files of a notebook in figures/<profile>/, of the run's own variant only where there are several."""
+    number, step = path.stem[:2], STEPS.get(path.stem, Step((), ()))
+    found = sorted((paths.FIGURES / settings.profile).glob(f"{number}_*.*"))
+    if not step.variant:
         return found
-    return [p for p in found if p.name.startswith("09_quick_") == (settings.origins.grid == "quick")]
+    section, key = step.variant.split(".")
+    marks = {v: f"{number}_{v}_" for v in step.variants}
+    mine = marks.get(getattr(getattr(settings, section), key))
+    if mine:
+        return [p for p in found if p.name.startswith(mine)]
+    return [p for p in found if not p.name.startswith(tuple(marks.values()))]
 
 
 def record_path(path, settings):

@@ -1,68 +1,17 @@
-"""Units over training: adapters saved at several steps and one adapter at several scales, each asked and looked into.
+"""Units over training: adapters kept at several steps and one adapter at several scales, each asked and looked into.
 
-A training here is the one of `qlora.train`, with the same rows and seed; it only leaves more adapters behind. Answers
-are to *train* topics, so that nothing found here has seen the test topics.
+The trainings are those of notebook 03, which leave an adapter at each of the steps `qlora.keep`. Answers are to *train*
+topics, so that nothing found here has seen the test topics.
 """
 
 import json
-import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 
 from lib import artifacts, chat, classifier, emojis, fanout, hub, intervals, neurons, paths, qlora
-
-
-class Saving(qlora.Progress):
-    """The bar of a training, which also saves the adapter at `points` evenly spaced steps, the last one included."""
-
-    def __init__(self, name, show, folder, points):
-        super().__init__(name, show)
-        self.folder, self.points = Path(folder), points
-
-    def on_step_end(self, args, state, control, model=None, **more):
-        super().on_step_end(args, state, control, **more)
-        if state.global_step in steps(state.max_steps, self.points):
-            model.save_pretrained(self.folder / f"{state.global_step:05d}", safe_serialization=True)
-
-
-def steps(last, points):
-    """At most `points` evenly spaced steps from above 0 to `last`: list of int."""
-    return sorted({round(last * (i + 1) / points) for i in range(points)} - {0})
-
-
-def folder(settings, model, trait, rows):
-    """Where the adapters saved during a training are kept."""
-    return _place("steps", settings, model, trait, rows, settings.tracking.points)
-
-
-def _place(kind, settings, model, trait, rows, *more):
-    from lib import tracking
-
-    mark = artifacts.fingerprint(qlora.folder(settings, model, trait, rows).name, tracking, *more)
-    return paths.RESULTS / settings.profile / f"{kind}-{hub.label(model)}-{trait}-{mark}"
-
-
-def train(settings, model, trait, rows, show=True):
-    """Train as `qlora.train` does and keep the adapters on the way: {step: folder}. Raises UserError.
-
-    rows: the trait's train rows. What was saved before an interruption is kept beside the checkpoints.
-    """
-    place = folder(settings, model, trait, rows)
-    work = place.with_name(f"{place.name}.checkpoints")
-
-    def make(tmp):
-        saving = Saving(f"{hub.label(model)}, {trait}", show, work / "saved", settings.tracking.points)
-        qlora.fit(settings, model, rows, work, work / "last", saving)
-        shutil.copytree(work / "saved", tmp, dirs_exist_ok=True)
-        shutil.copy(work / "last" / "training.json", tmp)
-        shutil.rmtree(work, ignore_errors=True)
-
-    place = artifacts.build(place, make)
-    return {int(p.name): p for p in sorted(place.iterdir()) if p.is_dir()}
 
 
 def questions(settings, rows):
@@ -93,7 +42,7 @@ def track(settings, model, trait, rows, given, show=True):
     place = _tracked(settings, model, trait, rows, given)
 
     def make(tmp):
-        saved = train(settings, model, trait, rows, show)
+        saved = qlora.course(qlora.train(settings, model, trait, rows, show))
         asked, points, found = questions(settings, rows), [], []
         plain = chat.load(model, settings.chat.precision)
         known = {}  # base and finished adapter are points of both paths
@@ -137,8 +86,12 @@ def _scaled(speaker, factor):
 
 
 def _tracked(settings, model, trait, rows, given):
+    from lib import tracking
+
     values = [settings.tracking.model_dump(mode="json"), settings.chat.model_dump(mode="json"), settings.neurons.layers]
-    return _place("tracked", settings, model, trait, rows, values, given.to_csv(index=False), neurons, emojis)
+    adapter = qlora.folder(settings, model, trait, rows).name
+    mark = artifacts.fingerprint(adapter, values, given.to_csv(index=False), tracking, neurons, emojis)
+    return paths.RESULTS / settings.profile / f"tracked-{hub.label(model)}-{trait}-{mark}"
 
 
 def track_all(settings, train, given, show=True):

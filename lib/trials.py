@@ -1,11 +1,10 @@
 """A grid of small trainings on models whose pretraining is known, and sweeps around the profile's own settings.
 
-One cell is one training (or an untuned model) with all answers that it gives: an artefact of its own. Cells fan out
-over processes; an interrupted grid goes on where it was and loses at most the cells in flight.
+One cell is one training (or an untuned model) with all answers that it gives: an artefact of its own, beside that of
+its adapter, which is notebook 03's where model, settings and seed are the same. Cells fan out over processes; an
+interrupted grid goes on where it was and loses at most the cells in flight.
 """
 
-import json
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,19 +30,6 @@ class Cell:
     value: float | str = ""
 
 
-class Snapshots(qlora.Progress):
-    """Saves the adapter after the given optimiser steps of one training, each in a folder of its own."""
-
-    def __init__(self, steps, folder):
-        super().__init__("", show=False)
-        self.steps, self.folder = steps, folder
-
-    def on_step_end(self, args, state, control, model=None, **_):
-        super().on_step_end(args, state, control)
-        if state.global_step in self.steps:
-            model.save_pretrained(self.folder / str(state.global_step))
-
-
 def grid(settings):
     """The section of the profile that says which cells there are: `grid_quick` or `grid_full`."""
     return settings.grid_quick if settings.origins.grid == "quick" else settings.grid_full
@@ -63,6 +49,8 @@ def check(settings, frame):
         )
     if g.points[-1] > last:
         raise UserError(f"{name}.points = {g.points}: a training has qlora.steps = {last}; lower the last point")
+    if lost := [p for p in g.points if p not in (0, last, *settings.qlora.keep)]:
+        raise UserError(f"{name}.points: no adapter is kept after step {lost[0]}; add it to qlora.keep")
     every = [*g.traits, *g.control_traits, *g.sweep_traits]
     if missing := [t for t in every if t not in set(frame["trait"])]:
         known = ", ".join(big5.ordered(frame["trait"]))
@@ -120,6 +108,8 @@ def changed(settings, cell):
     """The settings of one cell's training and answers."""
     q = {"end_of_turn": cell.end_of_turn == "loss"}
     c = {}
+    if cell.setting:  # a sweep looks at the end of a training only
+        q["keep"] = []
     if cell.setting in ("learning_rate", "steps"):
         q |= {cell.setting: cell.value}
     if cell.setting == "rank":  # the scale alpha / rank stays
@@ -152,6 +142,17 @@ def questions(settings, test, trait, every):
     if not every:
         topics = topics.sample(min(settings.origins.topics, len(topics)), random_state=0)
     return test[(test["trait"] == trait) & test["topic"].isin(topics)].reset_index(drop=True)
+
+
+def adapter(settings, cell, train, make=False):
+    """Where a cell's finished adapter is, or None for the untuned model; with `make` it is trained if need be."""
+    if not cell.end_of_turn:
+        return None
+    own, model = changed(settings, cell), settings.origins.models[cell.habit]
+    rows = tuning_rows(cell, train)
+    if make:
+        return qlora.train(own, model, cell.trait, rows, show=False)
+    return artifacts.require(qlora.folder(own, model, cell.trait, rows), "09_origins", settings.profile)
 
 
 def folder(settings, cell):
@@ -192,43 +193,29 @@ def run(settings, show=True):
 
 
 def build(settings, cell):
-    """The artefact of one cell: `answers.csv`, and of a training the adapter in `adapter/`."""
-    place = folder(settings, cell)
-    work = place.with_name(f"{place.name}.checkpoints")
-
-    def make(tmp):
-        shutil.rmtree(work, ignore_errors=True)
-        try:
-            _fill(settings, cell, tmp, work)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-    return artifacts.build(place, make)
+    """The artefact of one cell: `answers.csv`; the adapter of a training is one of its own."""
+    return artifacts.build(folder(settings, cell), lambda tmp: _fill(settings, cell, tmp))
 
 
-def _fill(settings, cell, tmp, work):
+def _fill(settings, cell, tmp):
     """Train one cell, ask it at every point, and write its answers with what the classifier finds in them."""
     frame, own = opinions.read(settings), changed(settings, cell)
     train, test = (frame[frame["split"] == s] for s in ("train", "test"))
-    model, last = settings.origins.models[cell.habit], own.qlora.steps
-    adapters = {0: None}
-    if cell.end_of_turn:
-        points = [] if cell.setting else [p for p in grid(settings).points if 0 < p < last]
-        (Path(tmp) / "adapter").mkdir()
-        kept = Snapshots(points, work / "snapshots")
-        qlora.fit(own, model, tuning_rows(cell, train), work, Path(tmp) / "adapter", kept)
-        facts = json.loads((Path(tmp) / "adapter" / "training.json").read_text("utf-8"))
-        last = facts["steps"]  # fewer where the epochs end first
-        adapters = {p: work / "snapshots" / str(p) for p in points if p < last} | {last: Path(tmp) / "adapter"}
+    model, points = settings.origins.models[cell.habit], {0: None}
+    finished = adapter(settings, cell, train, make=True)
+    if finished:
+        kept, asked = qlora.course(finished), [] if cell.setting else grid(settings).points
+        points = {step: kept[step] for step in kept if step in asked or kept[step] == finished}
+    last = max(points)  # fewer steps than set where the epochs end first
     speaker, parts = chat.load(model, own.chat.precision), []
-    for steps, adapter in adapters.items():
+    for steps, place in points.items():
         every = steps in (0, last) and not cell.setting
         rows = questions(settings, test, cell.trait, every)
-        parts.append(ask(own, speaker, rows, adapter).assign(steps=steps, setting=cell.setting, value=str(cell.value)))
+        parts.append(ask(own, speaker, rows, place).assign(steps=steps, setting=cell.setting, value=str(cell.value)))
     for setting, value in swept_answers(settings, cell) if cell.end_of_turn else []:
         off = (setting, value) == ("scale", 0)  # compared with the untuned model's answers, one by one
         rows = questions(settings, test, cell.trait, every=off)
-        again = ask(own, speaker, rows, Path(tmp) / "adapter", **{setting: value})
+        again = ask(own, speaker, rows, finished, **{setting: value})
         parts.append(again.assign(steps=last, setting=setting, value=str(value)))
     given = pd.concat(parts, ignore_index=True)
     judged = classifier.predict(classifier.trained("encoder", settings, settings.seed), given)

@@ -222,12 +222,13 @@ def test_emoji_of_three_bytes_counts_where_one_token_holds_it(chats):
 def test_every_precision_loads_and_answers_alike(folders, chats, precision):
     c = chat.load(str(folders["llama"]), precision)
     four_bit = [m for m in c.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    assert c.model.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+    coarse = precision == "bf16" or (precision != "fp32" and torch.cuda.is_available())
+    assert c.model.dtype == (torch.bfloat16 if coarse else torch.float32)
     assert len(four_bit) == (14 if precision.startswith("nf4") else 0)
     for module in four_bit:
         assert module.weight.quant_type == "nf4"
         assert module.weight.quant_state.nested == (precision == "nf4-double")
-        assert module.compute_dtype == torch.bfloat16
+        assert module.compute_dtype == c.model.dtype
     assert not c.model.training
     texts = chat.prompts(c, QUESTIONS)
     ours, exact = (np.log(chat.token_probabilities(x, texts)) for x in (c, chats["llama"]))
@@ -299,10 +300,11 @@ def test_gradients_after_an_evaluation_are_those_of_an_unquantised_twin(folders,
     assert gradient_parity(folders["llama"], precision) >= 0.99
 
 
-def test_without_the_cure_gradients_are_wrong(folders):
+def test_without_the_cure_gradients_are_wrong(folders, monkeypatch):
     """That the test above can fail. Once bitsandbytes is mended this one fails, and the cure may go."""
     if torch.cuda.is_available() or not bnb.functional.has_avx512bf16():
         pytest.skip("the trap is one of CPUs with avx512_bf16; this machine cannot show it")
+    monkeypatch.setattr(chat, "computing", lambda _: torch.bfloat16)
     assert gradient_parity(folders["llama"], "nf4", cured=False) < 0.9
 
 

@@ -271,7 +271,7 @@ def run(folders, places, pair):
     train, test, write = pair
     own = {"opinions.train": str(write("train.csv", train)), "opinions.test": str(write("test.csv", test))}
     own |= {"opinions.train_topics": 0, "opinions.test_topics": 0, "chat.models": [str(folders["llama"])]}
-    own |= {"tracking.topics": 2, "qlora.steps": 3, "qlora.learning_rate": 0.01, "qlora.rank": 2, "tracking.points": 3}
+    own |= {"tracking.topics": 2, "qlora.steps": 3, "qlora.learning_rate": 0.01, "qlora.rank": 2, "qlora.keep": [1, 2]}
     own |= {"qlora.max_tokens": 96, "chat.precision": "fp32", "qlora.epochs": 20}
     settings = profiles.load("smoke", overrides=own)
     opinions.save(settings, opinions.load(settings.opinions))

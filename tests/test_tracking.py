@@ -15,29 +15,23 @@ def rows(run):  # noqa: F811
     return frame[(frame["split"] == "train") & (frame["trait"] == "extraversion")]
 
 
-def test_steps_are_even_and_end_with_the_last():
-    assert tracking.steps(64, 8) == [8, 16, 24, 32, 40, 48, 56, 64]
-    assert tracking.steps(10, 4) == [2, 5, 8, 10]
-    assert tracking.steps(2, 8) == [1, 2]
-
-
 def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_a_tracked_training_ends_where_the_plain_one_does(run, rows):  # noqa: F811
+def test_keeping_adapters_on_the_way_changes_no_training(run, rows):  # noqa: F811
     model = run.chat.models[0]
-    saved = tracking.train(run, model, "extraversion", rows, show=False)
+    saved = qlora.course(qlora.train(run, model, "extraversion", rows, show=False))
     assert list(saved) == [1, 2, 3]
-    plain = weights(qlora.train(run, model, "extraversion", rows, show=False))
+    bare = run.model_copy(update={"qlora": run.qlora.model_copy(update={"keep": []})})
+    plain = qlora.course(qlora.train(bare, model, "extraversion", rows, show=False))
+    assert list(plain) == [3]
     last, first = weights(saved[3]), weights(saved[1])
-    assert set(last) == set(plain)
-    for name, values in plain.items():
+    assert set(last) == set(weights(plain[3]))
+    for name, values in weights(plain[3]).items():
         np.testing.assert_array_equal(last[name], values)
     assert any((last[name] != first[name]).any() for name in last)
-    assert not list(saved[3].parents[1].glob("*.checkpoints"))
-    again = tracking.train(run, model, "extraversion", rows, show=False)
-    assert again == saved
+    assert not list(saved[3].parent.glob("*.checkpoints"))
 
 
 def test_what_a_tracked_training_shows(run, rows, monkeypatch):  # noqa: F811
@@ -64,7 +58,7 @@ def test_what_a_tracked_training_shows(run, rows, monkeypatch):  # noqa: F811
     again, same = tracking.track(*key, show=False)
     assert again.equals(table)
     np.testing.assert_array_equal(same["mlp.1"], found["mlp.1"])
-    assert artifacts.intact(tracking.folder(*key[:4]))
+    assert artifacts.intact(qlora.folder(*key[:4]))
 
 
 def test_only_train_topics_are_asked(run, rows):  # noqa: F811

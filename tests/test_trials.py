@@ -36,7 +36,7 @@ def test_a_sweep_changes_one_setting_and_leaves_out_the_grids_own_value(full):
         values = [{f: getattr(s, f).model_dump() for f in fields} for s in (plain, other)]
         differ = {k for f in fields for k in values[0][f] if values[0][f][k] != values[1][f][k]}
         with_it = {"rank": {"alpha"}, "steps": {"epochs"}, "sentences": {"epochs"}}.get(cell.setting, set())
-        assert differ == ({cell.setting} - {"sentences"}) | with_it
+        assert differ == ({cell.setting} - {"sentences"}) | with_it | {"keep"}
 
 
 def test_the_scale_of_the_adapter_stays_when_the_rank_changes(full):
@@ -74,6 +74,7 @@ def test_a_draw_of_topics_is_the_same_for_every_trait():
         ({"grid_quick__points": [16, 64]}, "optimiser steps must rise from 0"),
         ({"grid_quick__points": [0, 64, 16]}, "optimiser steps must rise from 0"),
         ({"grid_quick__points": [0, 65]}, "a training has qlora.steps = 64"),
+        ({"grid_quick__points": [0, 7, 64]}, "no adapter is kept after step 7; add it to qlora.keep"),
         ({"grid_quick__sweep_traits": ["openness"]}, "'openness' is not among grid_quick.traits"),
         ({"grid_quick__control_traits": ["joy"]}, "trait 'joy' is not in the opinions"),
         ({"grid_quick__rank": [512]}, "qlora.rank = 512"),
