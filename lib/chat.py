@@ -7,7 +7,7 @@ import inspect
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from lib import emojis, hub
 from lib.errors import UserError
 
+WORTH = 64  # tokens that the rows of a batch must begin with alike to be worth reading once
 PRECISIONS = ("fp32", "bf16", "nf4", "nf4-double")  # nf4-double quantises the quantisation constants as well
 COLUMNS = ("answer", "prompt_tokens", "new_tokens", "ended")
 
@@ -133,6 +134,31 @@ def computing(precision):
     return torch.bfloat16 if coarse else torch.float32
 
 
+@contextmanager
+def unpacked(model, most=5e8):
+    """While open, a small model's layers in 4 bits are multiplied as plain ones, their adapters' changes added in.
+
+    The same weights, unpacked once instead of at every token: 2 GB at `most` parameters, so not for larger models, and
+    not on a GPU. Answers differ by rounding in fp32.
+    """
+    import bitsandbytes as bnb
+
+    layers = [m for m in model.modules() if isinstance(getattr(m, "base_layer", m), bnb.nn.Linear4bit)]
+    if model.device.type != "cpu" or sum(m.in_features * m.out_features for m in layers) > most:
+        layers = []
+    try:
+        for layer in layers:
+            core = getattr(layer, "base_layer", layer)
+            weight = bnb.functional.dequantize_4bit(core.weight.data, core.weight.quant_state).to(core.compute_dtype)
+            if core is not layer and not layer.disable_adapters:
+                weight = sum((layer.get_delta_weight(a) for a in layer.active_adapters), weight)
+            layer.forward = partial(torch.nn.functional.linear, weight=weight, bias=core.bias)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
 def _quantisation(precision):
     from transformers import BitsAndBytesConfig
 
@@ -176,12 +202,15 @@ def prompts(chat, questions, system=None):
     return hub.render(chat.tokenizer, [[{"role": "user", "content": q}] for q in questions])
 
 
-def answer(chat, questions, *, max_new_tokens, temperature, top_p, seed, batch_size, system=None, show=True):
+def answer(
+    chat, questions, *, max_new_tokens, temperature, top_p, seed, batch_size, system=None, share=False, show=True
+):
     """Answers to many questions: DataFrame with COLUMNS, a row a question, in their order. Raises UserError.
 
     temperature: 0 is greedy. top_p: share of the probability that is sampled from (Holtzman et al. 2020).
     prompt_tokens, new_tokens: lengths in tokens, without padding and without the end of turn. ended: whether the
-    model ended its turn before max_new_tokens. system: as in `prompts`. show: a progress bar.
+    model ended its turn before max_new_tokens. system: as in `prompts`. share: read what all questions of a batch begin
+    with only once, where that is long; not for a model that treats its rows differently. show: a progress bar.
 
     Row i draws from a generator seeded by (seed, i), and padding is masked, so batch_size changes an answer only
     where rounding does: hardly ever in fp32, now and then in bf16, and so in NF4 on a GPU.
@@ -189,10 +218,11 @@ def answer(chat, questions, *, max_new_tokens, temperature, top_p, seed, batch_s
     rows = _encode(chat, prompts(chat, questions, system))
     _check_lengths(chat, rows, max_new_tokens)
     found = [None] * len(rows)
-    with _reading(chat.model), tqdm(total=len(rows), disable=not show, unit="answer") as bar:
+    with _reading(chat.model), unpacked(chat.model), tqdm(total=len(rows), disable=not show, unit="answer") as bar:
         for chosen in _batches(rows, batch_size):
             draws = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens) for i in chosen])
-            part = _decode(chat, [rows[i] for i in chosen], torch.from_numpy(draws), temperature, top_p, bar)
+            own = [rows[i] for i in chosen]
+            part = _decode(chat, own, torch.from_numpy(draws), temperature, top_p, bar, _shared(own) if share else 0)
             for i, result in zip(chosen, part, strict=True):
                 found[i] = result
     texts = chat.tokenizer.batch_decode([ids for ids, _ in found], skip_special_tokens=True) if found else []
@@ -273,23 +303,59 @@ def _forward(chat, ids, mask, positions, cache=None, **more):
     extra = {k: v for k, v in extra.items() if k in chat.arguments}
     output = chat.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **extra)
     scores = output.logits[:, -1].float()
-    if cache is None and scores.isnan().any():
-        raise UserError(
-            f"model {chat.name}: its scores are not numbers; the weights are damaged, fetch or make it again"
-        )
+    if cache is None:
+        _check_scores(chat, scores)
     return scores, output
 
 
-def _decode(chat, rows, draws, temperature, top_p, bar):
-    """Continue rows of token ids until each has ended: list of (new ids without the end, ended).
+def _check_scores(chat, scores):
+    if scores.isnan().any():
+        raise UserError(
+            f"model {chat.name}: its scores are not numbers; the weights are damaged, fetch or make it again"
+        )
 
-    draws: (rows, new tokens at most), uniform numbers in [0, 1). A row that has ended leaves the batch.
+
+def _shared(rows):
+    """With how many tokens all rows begin, at least one left for each; 0 where reading them once would gain little."""
+    one, other = min(rows), max(rows)  # of all rows, these two have least in common
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    same = min(same, min(map(len, rows)) - 1)
+    fits = max(map(len, rows)) - same <= min(map(len, rows))
+    return same if len(rows) > 1 and same >= WORTH and fits else 0
+
+
+def _begin(chat, rows, shared):
+    """Ids to read first and their mask, both padded on the left, and a cache of `shared` tokens read once for all rows.
+
+    Every row's last tokens are read by themselves, as many for each as the longest row has beyond the shared ones. So a
+    row's padding stands at its beginning, where a sliding window looks last.
     """
     ids, mask = _padded(chat, rows)
+    if not shared:
+        return ids, mask, None
+    from transformers import DynamicCache
+
+    own = ids[:, shared:]
+    once = torch.tensor([max(rows, key=len)[:shared]], device=ids.device)
+    cache, every = DynamicCache(), torch.ones_like(once)  # one made by a model with a sliding window would forget
+    _check_scores(chat, _forward(chat, once, every, _positions(every), cache, use_cache=True)[0])
+    places = _positions(mask)[:, :shared]
+    for layer in cache.layers:
+        layer.keys, layer.values = (kept[0][:, places].transpose(0, 1) for kept in (layer.keys, layer.values))
+    return own, mask, cache
+
+
+def _decode(chat, rows, draws, temperature, top_p, bar, shared=0):
+    """Continue rows of token ids until each has ended: list of (new ids without the end, ended).
+
+    draws: (rows, new tokens at most), uniform numbers in [0, 1). shared: as `_shared`, tokens read once for all rows.
+    A row that has ended leaves the batch.
+    """
+    ids, mask, cache = _begin(chat, rows, shared)
     draws = draws.to(ids.device)
-    width, limit = ids.shape[1], draws.shape[1]
+    width, limit = mask.shape[1], draws.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(rows), limit)], 1)
-    positions, cache = _positions(mask[:, :width]), None
+    positions = _positions(mask[:, :width])[:, shared:]
     alive = torch.arange(len(rows), device=ids.device)
     new, length = ids.new_zeros(len(rows), limit), torch.full_like(alive, limit)
     for step in range(limit):

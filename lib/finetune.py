@@ -124,10 +124,12 @@ def whole_checkpoint(folder):
 
 
 def _use_bf16(precision):
-    """Whether to compute in bf16: "auto" does on a GPU that can; on many CPUs it is slow (`chat.computing`)."""
+    """Whether to compute in bf16: "auto" does where there are units for it; other CPUs take four times as long."""
     if precision != "auto":
         return precision == "bf16"
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return any(torch.cpu.get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 class HidingCollator(DataCollatorWithPadding):

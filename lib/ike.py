@@ -184,7 +184,7 @@ def questions(settings, method, rows, train):
 
 def ask(settings, loaded, method, rows, put, show=True):
     """A loaded chat model's answers to the messages `put`, kept beside the questions of `rows`."""
-    given = qlora.ask(settings, loaded, method, rows.assign(question=put), show)
+    given = qlora.ask(settings, loaded, method, rows.assign(question=put), show, share=True)
     return given.assign(question=list(rows["question"]))
 
 

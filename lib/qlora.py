@@ -300,8 +300,11 @@ def answer(settings, model, method, rows, adapters=None, show=True):
     return pd.concat(parts, ignore_index=True)
 
 
-def ask(settings, loaded, method, rows, show=True):
-    """A loaded chat model's answers to the questions of rows of one trait: DataFrame with `answers.COLUMNS`."""
+def ask(settings, loaded, method, rows, show=True, **how):
+    """A loaded chat model's answers to the questions of rows of one trait: DataFrame with `answers.COLUMNS`.
+
+    how: as `chat.answer` takes it, beside the profile's settings.
+    """
     c, trait = settings.chat, rows["trait"].iloc[0]
     given = chat.answer(
         loaded,
@@ -312,6 +315,7 @@ def ask(settings, loaded, method, rows, show=True):
         seed=zlib.crc32(f"{settings.seed}/{method}/{trait}".encode()),  # other draws for every trait and method
         batch_size=c.batch_size,
         show=show,
+        **how,
     )
     facts = rows[["trait", "topic", "question"]].reset_index(drop=True)
     return facts.assign(model=hub.label(loaded.name), method=method).join(given)[list(answers.COLUMNS)]

@@ -6,6 +6,7 @@ import shutil
 import bitsandbytes as bnb
 import httpx
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -69,6 +70,27 @@ def test_a_template_without_room_for_an_instruction_gets_it_before_the_question(
     )
     monkeypatch.setattr(chats["mistral"].tokenizer, "chat_template", silent)
     assert chat.prompts(chats["mistral"], ["Hi?"], "Be kind.") == expected  # this one would drop it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_questions_share_may_be_read_once(chats, kind, monkeypatch):
+    c = chats[kind]
+    head = " ".join(f"Example {i}: a small one." for i in range(5))
+    asked = [f"{head} {q}" for q in QUESTIONS[:5]]
+    rows = c.tokenizer(chat.prompts(c, asked), add_special_tokens=False)["input_ids"]
+    shared = chat._shared(rows)
+    assert chat.WORTH <= shared < min(map(len, rows))
+    assert len({tuple(r[:shared]) for r in rows}) == 1
+    assert len({tuple(r[: shared + 1]) for r in rows}) > 1
+    plain = chat.answer(c, asked, **GREEDY)
+    read = []
+    forward = chat._forward
+    monkeypatch.setattr(chat, "_forward", lambda c, ids, *a, **k: read.append(ids.numel()) or forward(c, ids, *a, **k))
+    once = chat.answer(c, asked, share=True, **GREEDY)
+    pd.testing.assert_frame_equal(once, plain)
+    assert sum(read) < 0.6 * sum(map(len, rows))
+    assert chat._shared([rows[0]]) == 0
+    assert chat._shared([[1, 2, 3], [1, 2, 4]]) == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])  # ChatML starts every turn
