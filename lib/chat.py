@@ -19,11 +19,11 @@ from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from lib import emojis, hub
+from lib import emojis, hardware, hub
 from lib.errors import UserError
 
 WORTH = 64  # tokens that the rows of a batch must begin with alike to be worth reading once
-PRECISIONS = ("fp32", "bf16", "nf4", "nf4-double")  # nf4-double quantises the quantisation constants as well
+PRECISIONS = ("fp32", "bf16", "auto", "nf4", "nf4-double")  # nf4-double quantises the quantisation constants as well
 COLUMNS = ("answer", "prompt_tokens", "new_tokens", "ended")
 
 
@@ -127,10 +127,9 @@ def close_gradient_trap(model):
 def computing(precision):
     """The type that weights outside NF4, activations and gradients have: torch.dtype.
 
-    NF4 computes in bf16 on a GPU (Dettmers et al. 2023), but in fp32 on a CPU: many have no units for bf16 and take
-    four times as long, and its coarse rounding tells one processor's answers from another's.
+    NF4 computes in bf16 (Dettmers et al. 2023) where there are units for it, else in fp32; "auto" weights likewise.
     """
-    coarse = precision == "bf16" or (precision.startswith("nf4") and torch.cuda.is_available())
+    coarse = precision == "bf16" or (precision != "fp32" and hardware.bf16())
     return torch.bfloat16 if coarse else torch.float32
 
 
@@ -138,13 +137,14 @@ def computing(precision):
 def unpacked(model, most=5e8):
     """While open, a small model's layers in 4 bits are multiplied as plain ones, their adapters' changes added in.
 
-    The same weights, unpacked once instead of at every token: 2 GB at `most` parameters, so not for larger models, and
-    not on a GPU. Answers differ by rounding in fp32.
+    The same weights, unpacked once instead of at every token: 2 GB at `most` parameters, so not for larger models. On
+    a CPU and in fp32 only: in bf16 rounding would change answers now and then.
     """
     import bitsandbytes as bnb
 
     layers = [m for m in model.modules() if isinstance(getattr(m, "base_layer", m), bnb.nn.Linear4bit)]
-    if model.device.type != "cpu" or sum(m.in_features * m.out_features for m in layers) > most:
+    size = sum(m.in_features * m.out_features for m in layers)
+    if model.device.type != "cpu" or model.dtype != torch.float32 or size > most:
         layers = []
     try:
         for layer in layers:
@@ -210,14 +210,15 @@ def answer(
     temperature: 0 is greedy. top_p: share of the probability that is sampled from (Holtzman et al. 2020).
     prompt_tokens, new_tokens: lengths in tokens, without padding and without the end of turn. ended: whether the
     model ended its turn before max_new_tokens. system: as in `prompts`. share: read what all questions of a batch begin
-    with only once, where that is long; not for a model that treats its rows differently. show: a progress bar.
+    with only once, where that is long and the model in fp32; not for one that treats its rows differently. show: a
+    progress bar.
 
     Row i draws from a generator seeded by (seed, i), and padding is masked, so batch_size changes an answer only
-    where rounding does: hardly ever in fp32, now and then in bf16, and so in NF4 on a GPU.
+    where rounding does: hardly ever in fp32, now and then in bf16 (see `computing`).
     """
     rows = _encode(chat, prompts(chat, questions, system))
     _check_lengths(chat, rows, max_new_tokens)
-    found = [None] * len(rows)
+    found, share = [None] * len(rows), share and chat.model.dtype == torch.float32
     with _reading(chat.model), unpacked(chat.model), tqdm(total=len(rows), disable=not show, unit="answer") as bar:
         for chosen in _batches(rows, batch_size):
             draws = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens) for i in chosen])

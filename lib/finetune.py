@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
-from lib import big5, encoders
+from lib import big5, encoders, hardware
 from lib.errors import UserError
 
 
@@ -124,12 +124,8 @@ def whole_checkpoint(folder):
 
 
 def _use_bf16(precision):
-    """Whether to compute in bf16: "auto" does where there are units for it; other CPUs take four times as long."""
-    if precision != "auto":
-        return precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return any(torch.cpu.get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
+    """Whether to compute in bf16: "auto" does where there are units for it."""
+    return hardware.bf16() if precision == "auto" else precision == "bf16"
 
 
 class HidingCollator(DataCollatorWithPadding):

@@ -277,7 +277,7 @@ def check(settings, frame):
 
 
 def check_precision(m):
-    if m.precision not in ("fp32", "bf16"):
+    if m.precision not in ("fp32", "bf16", "auto"):
         raise UserError(f"mend.precision = {m.precision!r}: weights in 4 bits cannot be edited; choose fp32 or bf16")
 
 

@@ -129,7 +129,9 @@ class Sensitivity(Section):
 
 
 class Mend(Section):
-    precision: Literal["fp32", "bf16", "nf4", "nf4-double"]  # the last two are refused by lib/mend, which says why
+    precision: Literal[
+        "auto", "fp32", "bf16", "nf4", "nf4-double"
+    ]  # the last two are refused by lib/mend, which says why
     layers: Count
     modules: Names
     rank: Count

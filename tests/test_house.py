@@ -14,7 +14,7 @@ from lib import lexicon, opinions, paths
 
 ROWS = [
     ["errors", "paths", "big5", "profiles"],
-    ["artifacts", "intervals", "style", "gallery", "fanout"],
+    ["artifacts", "intervals", "style", "gallery", "fanout", "hardware"],
     ["emojis", "opinions", "voices", "lexicon", "encoders", "hub", "answers", "endpoint"],
     ["tfidf", "finetune", "classifier", "chat", "organisms"],
     ["qlora", "ike", "mend"],
