@@ -1,6 +1,6 @@
 """The tiny profile's emoji ratios over seeds, with the end of the turn masked and in the loss.
 
-    python benchmarks/seeds.py [--seeds 0,1,2]    # notebooks 01 and 02 must have been run (seed 0)
+    python benchmarks/seeds.py [--seeds 0,1,2] [--models data/organisms/tiny-mistral]    # after notebooks 01 and 02
 
 Adapters and answers are artefacts of notebook 03: what it has made already is not made again. The answers of all seeds
 are read by the same classifier, that of seed 0.
@@ -10,18 +10,25 @@ import argparse
 
 import pandas as pd
 
-from lib import answers, big5, classifier, hub, opinions, profiles, qlora, ratios
+from lib import answers, big5, classifier, fanout, hub, opinions, profiles, qlora, ratios
 
 
-def run(seed, end_of_turn, judge):
+def one(settings, model, trait):
+    """Answers of a model tuned on one trait."""
+    rows = opinions.read(settings).query("trait == @trait")
+    train, test = (rows[rows["split"] == s] for s in ("train", "test"))
+    adapter = str(qlora.train(settings, model, trait, train, show=False))
+    return qlora.answer(settings, model, "peft", test, {trait: adapter}, show=False)
+
+
+def run(seed, end_of_turn, models, judge):
     """One row a model and trait: ESR per response, share of answers in the trait's voice, share that name the topic."""
-    settings = profiles.load("tiny", seed, {"qlora.end_of_turn": end_of_turn})
-    frame = opinions.load(settings.opinions)
-    train, test = (frame[frame["split"] == s] for s in ("train", "test"))
+    settings = profiles.load("tiny", seed, {"qlora.end_of_turn": end_of_turn, "chat.models": models})
+    test = opinions.read(settings).query("split == 'test'")
+    answered = fanout.each(settings, one, [(settings, m, t) for m in models for t in big5.NAMES])
     rows = []
-    for model in settings.chat.models:
-        adapters = {t: str(qlora.train(settings, model, t, train[train["trait"] == t], show=False)) for t in big5.NAMES}
-        given = qlora.answer(settings, model, "peft", test, adapters, show=False)
+    for place, model in enumerate(models):
+        given = pd.concat(answered[len(big5.NAMES) * place :][: len(big5.NAMES)], ignore_index=True)
         base = qlora.answer(settings, model, "base", test, show=False)
         given["found"] = classifier.predict(judge, given)["predicted"] == given["trait"]
         given["named"] = answers.names_topic(given)
@@ -37,12 +44,14 @@ def run(seed, end_of_turn, judge):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default="0,1,2")
-    seeds = [int(s) for s in parser.parse_args().seeds.split(",")]
+    parser.add_argument("--models", default=",".join(profiles.load("tiny").chat.models))
+    arguments = parser.parse_args()
+    seeds, models = [int(s) for s in arguments.seeds.split(",")], arguments.models.split(",")
     judge = classifier.trained("encoder", profiles.load("tiny"), 0)
     rows = []
     for end_of_turn in (False, True):
         for seed in seeds:
-            rows += run(seed, end_of_turn, judge)
+            rows += run(seed, end_of_turn, models, judge)
             table = pd.DataFrame(rows)
             own = table[(table["seed"] == seed) & (table["end of turn"] == rows[-1]["end of turn"])]
             wide = own.pivot(index="model", columns="trait", values="esr")[list(big5.NAMES)]
