@@ -259,6 +259,33 @@ def test_every_precision_loads_and_answers_alike(folders, chats, precision):
     assert chat.answer(c, QUESTIONS, **SAMPLED)["answer"].str.len().gt(0).mean() > 0.8
 
 
+@pytest.mark.parametrize("unit", ["amx_bf16", "avx512_bf16", "bf16", "avx512_vnni", "none"])
+def test_bf16_is_computed_where_there_are_units_for_it(monkeypatch, unit):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
+    fine = torch.bfloat16 if "bf16" in unit else torch.float32
+    assert [chat.computing(p) for p in ("nf4", "nf4-double", "auto")] == [fine] * 3
+    assert chat.computing("fp32") == torch.float32
+    assert chat.computing("bf16") == torch.bfloat16
+
+
+def test_unpacked_layers_give_the_same_and_are_packed_again(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "bf16", lambda: False)
+    write_adapter(tmp_path / "tuned", folders["llama"])
+    c = chat.load(str(folders["llama"]), "nf4", str(tmp_path / "tuned"))
+    texts, plain = chat.prompts(c, QUESTIONS), dict(c.model.named_modules())
+    layers = [m for m in plain.values() if isinstance(m, bnb.nn.Linear4bit)]
+    packed = chat.token_probabilities(c, texts)
+    with chat.unpacked(c.model):
+        monkeypatch.setattr(bnb, "matmul_4bit", None)
+        np.testing.assert_allclose(chat.token_probabilities(c, texts), packed, atol=1e-6)
+    monkeypatch.undo()
+    assert not any("forward" in vars(m) for m in plain.values())
+    assert all(m.weight.quant_state is not None for m in layers)
+    with chat.unpacked(c.model, most=10):  # too large: left alone
+        assert not any("forward" in vars(m) for m in plain.values())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
 def test_an_adapter_changes_the_answers(folders, tmp_path, precision):
     write_adapter(tmp_path / "tuned", folders["llama"])
