@@ -134,11 +134,8 @@ def only_at(speaker, at):
 def _sums(speaker, p):
     """Probability of an emoji, of the end of the turn and of a blank: tensor (places, 3)."""
     blank = blank_token(speaker.tokenizer)
-    parts = [
-        chat.emoji_mass(speaker, p),
-        p[:, speaker.ends].sum(1),
-        p[:, blank] if blank is not None else p.new_zeros(len(p)),
-    ]
+    emoji = [i for i in speaker.emoji_tokens if i < p.shape[-1]]
+    parts = [p[:, emoji].sum(1), p[:, speaker.ends].sum(1), p[:, blank] if blank is not None else p.new_zeros(len(p))]
     return torch.stack(parts, 1)
 
 
