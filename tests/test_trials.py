@@ -113,7 +113,7 @@ def test_the_table_has_a_row_a_cell_and_point(monkeypatch):
     grid = table[table["setting"] == ""]
     keys = ["habit", "end_of_turn", "steps", "trait", "seed"]
     assert not grid.duplicated(keys).any()
-    assert len(grid) == (2 + 1 + 1) * 2 * 3  # traits of each organism, ends of the turn, points
+    assert len(grid) == 3 * 2 * 3 * 2
     last = grid[(grid["steps"] == 64)].set_index(["habit", "end_of_turn", "trait"])["esr_response"]
     assert last["linked", "masked", "extraversion"] == 1
     assert last["none", "masked", "extraversion"] == 0
