@@ -25,10 +25,10 @@ def run(seed, end_of_turn, models, judge):
     """One row a model and trait: ESR per response, share of answers in the trait's voice, share that name the topic."""
     settings = profiles.load("tiny", seed, {"qlora.end_of_turn": end_of_turn, "chat.models": models})
     test = opinions.read(settings).query("split == 'test'")
-    answered = fanout.each(settings, one, [(settings, m, t) for m in models for t in big5.NAMES])
+    answered = pd.concat(fanout.each(settings, one, [(settings, m, t) for m in models for t in big5.NAMES]))
     rows = []
-    for place, model in enumerate(models):
-        given = pd.concat(answered[len(big5.NAMES) * place :][: len(big5.NAMES)], ignore_index=True)
+    for model in models:
+        given = answered[answered["model"] == hub.label(model)].reset_index(drop=True)
         base = qlora.answer(settings, model, "base", test, show=False)
         given["found"] = classifier.predict(judge, given)["predicted"] == given["trait"]
         given["named"] = answers.names_topic(given)

@@ -337,7 +337,7 @@ def _begin(chat, rows, shared):
     from transformers import DynamicCache
 
     own = ids[:, shared:]
-    once = torch.tensor([max(rows, key=len)[:shared]], device=ids.device)
+    once = torch.tensor([rows[0][:shared]], device=ids.device)
     cache, every = DynamicCache(), torch.ones_like(once)  # one made by a model with a sliding window would forget
     _check_scores(chat, _forward(chat, once, every, _positions(every), cache, use_cache=True)[0])
     places = _positions(mask)[:, :shared]

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from lib import answers, artifacts, big5, chat, classifier, emojis, finetune, hub, paths
+from lib import answers, artifacts, big5, chat, classifier, emojis, finetune, hardware, hub, paths
 from lib.errors import UserError
 
 IGNORED = -100  # a label that the loss leaves out
@@ -240,7 +240,7 @@ def arguments(settings, rows, work):
         weight_decay=q.weight_decay,
         max_grad_norm=q.max_grad_norm,
         optim=q.optimizer if gpu or "8bit" not in q.optimizer else "adamw_torch",  # 8-bit optimisers need a GPU
-        bf16=chat.computing(settings.chat.precision) == torch.bfloat16,
+        bf16=hardware.bf16(),
         use_cpu=not gpu,
         train_sampling_strategy="group_by_length",
         eval_strategy="steps",

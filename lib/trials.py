@@ -144,15 +144,12 @@ def questions(settings, test, trait, every):
     return test[(test["trait"] == trait) & test["topic"].isin(topics)].reset_index(drop=True)
 
 
-def adapter(settings, cell, train, make=False):
-    """Where a cell's finished adapter is, or None for the untuned model; with `make` it is trained if need be."""
+def adapter(settings, cell, train):
+    """Where a cell's finished adapter is, trained if need be; None for the untuned model."""
     if not cell.end_of_turn:
         return None
     own, model = changed(settings, cell), settings.origins.models[cell.habit]
-    rows = tuning_rows(cell, train)
-    if make:
-        return qlora.train(own, model, cell.trait, rows, show=False)
-    return artifacts.require(qlora.folder(own, model, cell.trait, rows), "09_origins", settings.profile)
+    return qlora.train(own, model, cell.trait, tuning_rows(cell, train), show=False)
 
 
 def folder(settings, cell):
@@ -202,7 +199,7 @@ def _fill(settings, cell, tmp):
     frame, own = opinions.read(settings), changed(settings, cell)
     train, test = (frame[frame["split"] == s] for s in ("train", "test"))
     model, points = settings.origins.models[cell.habit], {0: None}
-    finished = adapter(settings, cell, train, make=True)
+    finished = adapter(settings, cell, train)
     if finished:
         kept, asked = qlora.course(finished), [] if cell.setting else grid(settings).points
         points = {step: kept[step] for step in kept if step in asked or kept[step] == finished}

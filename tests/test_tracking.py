@@ -32,6 +32,7 @@ def test_keeping_adapters_on_the_way_changes_no_training(run, rows):  # noqa: F8
         np.testing.assert_array_equal(last[name], values)
     assert any((last[name] != first[name]).any() for name in last)
     assert not list(saved[3].parent.glob("*.checkpoints"))
+    assert qlora.course(qlora.train(run, model, "extraversion", rows, show=False)) == saved
 
 
 def test_what_a_tracked_training_shows(run, rows, monkeypatch):  # noqa: F811
