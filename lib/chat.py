@@ -127,7 +127,7 @@ def close_gradient_trap(model):
 def computing(precision):
     """The type that weights outside NF4, activations and gradients have: torch.dtype.
 
-    NF4 computes in bf16 (Dettmers et al. 2023) where there are units for it, else in fp32; "auto" weights likewise.
+    NF4 computes in bf16 (Dettmers et al. 2023) on a GPU and in fp32 on a CPU (see `hardware`); "auto" weights likewise.
     """
     coarse = precision == "bf16" or (precision != "fp32" and hardware.bf16())
     return torch.bfloat16 if coarse else torch.float32

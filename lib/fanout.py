@@ -1,7 +1,12 @@
 """Many jobs, here or on a cluster. Each job leaves an artefact, so an interrupted fan-out goes on where it was."""
 
 import contextlib
+import multiprocessing
 import os
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 from lib.errors import UserError
 
@@ -57,11 +62,51 @@ def run(function, jobs, workers=1, cluster="here", logs=None, show=True):
         return _submit(function, jobs, workers, cluster, logs)
     if workers == 1:
         return [function(job) for job in _progress(jobs, show)]
+    make = _forked if sys.platform == "linux" and threads(workers) == 1 else _started
+    return make(function, jobs, workers, show)
+
+
+def _started(function, jobs, workers, show):
+    """In new processes, which import everything again."""
     from joblib import Parallel, delayed, parallel_config
 
     with _quiet_bars(), parallel_config("loky", n_jobs=workers, inner_max_num_threads=threads(workers)):
         stream = Parallel(return_as="generator")(delayed(_quiet)(function, j, threads(workers)) for j in jobs)
         return list(_progress(stream, show, len(jobs)))
+
+
+def _forked(function, jobs, workers, show):
+    """In copies of this process: importing torch, transformers and peft again takes longer than many a job.
+
+    With one thread each, as torch's own data loaders do: after a fork OpenMP cannot start threads.
+    """
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _enter, (os.getpid(),))
+    try:
+        stream = pool.map(_quiet, [function] * len(jobs), jobs, [1] * len(jobs))
+        found = list(_progress(stream, show, len(jobs)))
+    except BaseException:  # an interrupt as well: what is under way would go on for minutes
+        for process in set(multiprocessing.active_children()) - set(others):
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
+
+
+def _enter(parent):
+    """What a copied process does first: show no bars of its own, and see to it that it ends when its parent does."""
+    from tqdm import std
+
+    begin = std.tqdm.__init__
+    std.tqdm.__init__ = lambda self, *args, **how: begin(self, *args, **how | {"disable": True})
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 @contextlib.contextmanager

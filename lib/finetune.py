@@ -124,7 +124,7 @@ def whole_checkpoint(folder):
 
 
 def _use_bf16(precision):
-    """Whether to compute in bf16: "auto" does where there are units for it."""
+    """Whether to compute in bf16: "auto" does on a GPU."""
     return hardware.bf16() if precision == "auto" else precision == "bf16"
 
 

@@ -259,11 +259,11 @@ def test_every_precision_loads_and_answers_alike(folders, chats, precision):
     assert chat.answer(c, QUESTIONS, **SAMPLED)["answer"].str.len().gt(0).mean() > 0.8
 
 
-@pytest.mark.parametrize("unit", ["amx_bf16", "avx512_bf16", "bf16", "avx512_vnni", "none"])
-def test_bf16_is_computed_where_there_are_units_for_it(monkeypatch, unit):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
-    fine = torch.bfloat16 if "bf16" in unit else torch.float32
+@pytest.mark.parametrize("gpu, units", [(False, True), (True, False), (True, True)])
+def test_bf16_is_computed_on_gpus_with_units_for_it_and_never_on_processors(monkeypatch, gpu, units):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: units)
+    fine = torch.bfloat16 if gpu and units else torch.float32
     assert [chat.computing(p) for p in ("nf4", "nf4-double", "auto")] == [fine] * 3
     assert chat.computing("fp32") == torch.float32
     assert chat.computing("bf16") == torch.bfloat16

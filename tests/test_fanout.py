@@ -1,7 +1,13 @@
 """Fan-out keeps order, bounds threads and passes errors on, here and through submitit."""
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from lib import fanout, profiles
@@ -31,9 +37,50 @@ def test_threads_times_workers_stay_within_the_cores():
     assert set(fanout.run(bounded, range(2), 2, show=False)) == {fanout.threads(2)}
 
 
-def test_errors_come_through():
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_come_through(workers):
     with pytest.raises(ValueError, match="job 0"):
-        fanout.run(fail, [0], show=False)
+        fanout.run(fail, [0, 1], workers, show=False)
+
+
+def test_new_processes_do_the_same_as_copies_of_this_one(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert fanout.run(double, range(5), 2, show=False) == [0, 2, 4, 6, 8]
+
+
+def die(x):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_told_and_not_waited_for():
+    with pytest.raises(RuntimeError, match="terminated"):
+        fanout.run(die, range(2), 2, show=False)
+
+
+def multiply(n):
+    import torch
+
+    return float((torch.ones(n, n) @ torch.ones(n, n)).sum())
+
+
+def test_copies_can_compute_after_this_process_has_with_many_threads():
+    assert multiply(300) == 300**3
+    assert fanout.run(multiply, [300, 300], 2, show=False) == [300**3] * 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_a_run_that_is_stopped(how, tmp_path):
+    code = "import time; from lib import fanout; fanout.run(time.sleep, [600, 600], 2, show=False)"
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen([sys.executable, "-c", code], stderr=said)
+    me, until = psutil.Process(run.pid), time.monotonic() + 60
+    while len(children := me.children()) < 2 and time.monotonic() < until:
+        time.sleep(0.2)
+    time.sleep(3)  # they have begun
+    os.kill(run.pid, how)
+    run.wait(20)
+    assert len(children) == 2
+    assert not psutil.wait_procs(children, 20)[1], (tmp_path / "said").read_text()
 
 
 def test_jobs_through_submitit(tmp_path):
