@@ -3,8 +3,8 @@
 A table of cells, as `origins.table` gives it, has one row a cell and seed: organism, habit (linked, unknown, shuffled,
 none), end_of_turn (masked, loss), steps (of the optimiser so far; 0: untuned), trait, esr_response, low, high, ta,
 setting and value (of a sweep; "" in the grid), seed, responses, with_emoji, found (answers in the trait's voice), both
-(of these two), sentences, ended. A *training* is one organism, end of turn, trait and seed; its checkpoints are not
-independent of each other.
+(of these two), own (answers with an emoji of the trait's own), sentences, ended. A
+*training* is one organism, end of turn, trait and seed; its checkpoints are not independent of each other.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from lib.errors import UserError
 HABITS = ("linked", "unknown", "shuffled", "none")  # unknown: a real model, whose pretraining nobody can look into
 ENDS = ("masked", "loss")
 TRAINING = ["organism", "habit", "end_of_turn", "trait", "seed"]
-COUNTS = ["responses", "with_emoji", "found", "both"]
+COUNTS = ["responses", "with_emoji", "found", "both", "own"]
 COLUMNS = [*TRAINING, *COUNTS, "steps", "esr_response", "low", "high", "ta", "setting", "value", "sentences", "ended"]
 FLOOR = 0.05  # a share that ends lower has not risen enough for a half of it to mean anything
 STRONG = 0.2  # planted rate from which a habit is strong enough to show a gap in 200 answers
@@ -28,7 +28,7 @@ def check(table):
     if missing := [c for c in COLUMNS if c not in table]:
         raise UserError(f"origins table: column {missing[0]!r} is missing; make it again with ./run_all.sh --only 09")
     table = table.assign(**{c: table[c].fillna("").astype(str) for c in ("setting", "value")})
-    if wrong := int((table[["with_emoji", "found", "both"]].max(axis=1) > table["responses"]).sum()):
+    if wrong := int((table[COUNTS[1:]].max(axis=1) > table["responses"]).sum()):
         raise UserError(f"origins table: {wrong} rows count more answers than were given; make it again with --fresh")
     return table
 
@@ -107,9 +107,12 @@ def recovery(cells, temperature):
     """Planted rate beside what tuning brings out, both ends of turn: one row an organism, end of turn and trait.
 
     Columns organism, habit, end_of_turn, trait, share, low, high, n, seeds, planted, sampled (what the temperature
-    leaves of the planted rate, `ratios.sampled`). Organisms without a record are left out.
+    leaves of the planted rate, `ratios.sampled`), own (of the answers with an emoji those with one that was planted for
+    this trait in the linked organism; NaN without emojis). Organisms without a record are left out.
     """
-    rows = pooled(final(cells), ["organism", "habit", "end_of_turn", "trait"])
+    by = ["organism", "habit", "end_of_turn", "trait"]
+    rows, counts = pooled(final(cells), by), final(cells).groupby(by)[["own", "with_emoji"]].sum()
+    rows = rows.join((counts["own"] / counts["with_emoji"].replace(0, np.nan)).rename("own"), on=by)
     rows = rows.assign(planted=planted(rows)).dropna(subset="planted")
     return rows.assign(sampled=ratios.sampled(rows["planted"], kinds(rows), temperature))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from lib import causes, intervals, paths
+from lib import causes, intervals, paths, ratios
 
 VERDICTS = ("holds", "does not hold", "undecided here")
 STATES = ("base", "masked", "loss")
@@ -68,7 +68,8 @@ def predicts(table):
     """How well two readings of the last sentence's end predict ESR, over tuned cells: a row a reading (p_emoji, exits).
 
     Columns reading, cells, rho (Spearman, of values rounded to .01, since no cell has the answers to tell finer ones
-    apart), off (mean absolute difference from ESR), mean_off (that of predicting every cell by the mean of all).
+    apart), off (mean absolute difference from ESR), mean_off (that of predicting every cell by the mean of all), then
+    high_cells and high_off: `off` of the cells where ESR is causes.FLOOR or more, as near zero any reading is right.
     """
     tuned, found = table[table["state"] != "base"].dropna(subset="esr"), []
     for name in ("p_emoji", "exits"):
@@ -76,9 +77,10 @@ def predicts(table):
         pair = own[[name, "esr"]].round(2)
         varied = len(own) > 2 and (pair.nunique() > 1).all()
         rho = float(spearmanr(pair[name], pair["esr"]).statistic) if varied else float("nan")
-        spread = (own["esr"] - own["esr"].mean()).abs().mean()
-        found.append((name, len(own), rho, (own[name] - own["esr"]).abs().mean(), spread))
-    return pd.DataFrame(found, columns=["reading", "cells", "rho", "off", "mean_off"])
+        miss, spread = (own[name] - own["esr"]).abs(), (own["esr"] - own["esr"].mean()).abs().mean()
+        high = miss[own["esr"] >= causes.FLOOR]
+        found.append((name, len(own), rho, miss.mean(), spread, len(high), high.mean()))
+    return pd.DataFrame(found, columns=["reading", "cells", "rho", "off", "mean_off", "high_cells", "high_off"])
 
 
 def verdict(holds, fails):
@@ -108,21 +110,26 @@ def pretraining(cells):
 def follows_trait(table):
     """ "It is the trait's own habit that comes out": (verdict, sentence). table: as from `causes.recovery`.
 
-    Over linked, masked cells, four at least: holds if recovered and planted rates rank alike (Spearman .8 or more)
-    and, where there is a shuffled organism, its traits differ less than the linked ones do. Fails if the correlation is
-    below .3 or the shuffled traits differ more. Else undecided.
+    Over linked, masked cells, four at least: holds if recovered and planted rates rank alike (Spearman .8 or more), if
+    .8 or more of the emojis of strong habits are the trait's own, and if on the traits that a shuffled organism was
+    tuned on too, three at least, its shares span less than the linked one's. Fails if the correlation is below .3, if
+    fewer than half of the emojis are the trait's own, or if the shuffled shares span as much. Else undecided.
     """
     masked = table[table["end_of_turn"] == "masked"]
     linked, shuffled = (masked[masked["habit"] == h] for h in ("linked", "shuffled"))
     if len(linked) < 4 or linked["share"].nunique() < 2 or linked["planted"].nunique() < 2:
         return VERDICTS[2], f"Only {len(linked)} linked cells here, or all alike: too few for an order."
-    rho = float(spearmanr(linked["planted"], linked["share"]).statistic)
-    wide = np.ptp(linked["share"])
-    narrow = np.ptp(shuffled["share"]) if len(shuffled) > 1 else float("nan")
-    text = f"Spearman of planted and recovered {rho:.2f} over {len(linked)} cells; the linked traits span {wide:.2f}"
-    text += f", the shuffled ones {narrow:.2f}." if narrow == narrow else "."
-    wider = narrow == narrow and narrow >= wide
-    return verdict(rho >= 0.8 and not wider, rho < 0.3 or wider), text
+    rho, p = ratios.rank_agreement(linked["planted"], linked["share"])
+    own = linked.loc[linked["planted"] >= causes.STRONG, "own"].min()
+    text = f"Spearman of planted and recovered {rho:.2f} over {len(linked)} cells (exact p = {p:.3f}); "
+    text += f"of the emojis of strong habits {own:.2f} or more are the trait's own"
+    both = [t for t in dict.fromkeys(linked["trait"]) if t in set(shuffled["trait"])]
+    wide, narrow = (np.ptp(part.loc[part["trait"].isin(both), "share"]) if both else 0 for part in (linked, shuffled))
+    compared = len(both) >= 3
+    text += f"; on the same {len(both)} traits the linked shares span {wide:.2f}, the shuffled ones {narrow:.2f}."
+    text = text if compared else text.replace("span", "(too few to compare) span")
+    holds = rho >= 0.8 and own >= 0.8 and compared and narrow < wide
+    return verdict(holds, rho < 0.3 or own < 0.5 or (compared and narrow >= wide)), text
 
 
 def telling(gaps):
@@ -154,12 +161,13 @@ def closed_exit(gaps):
     Over the same trainings as `end_of_turn`: holds if the share left (in the loss / masked) is at most .2 in every pair
     whose masked share is at least .2; fails if it is more than .5 in most.
     """
-    own = telling(gaps).query("masked >= 0.2")
+    every, own = telling(gaps), telling(gaps).query("masked >= 0.2")
     if own.empty:
         return VERDICTS[2], "No masked training with an emoji share of .2 or more in this grid."
     left = own["loss"] / own["masked"]
     text = (
-        f"Of the masked share, {left.median():.0%} is left in the median and {left.max():.0%} at most (n = {len(own)})."
+        f"Of the masked share, {left.median():.0%} is left in the median and {left.max():.0%} at most, over the "
+        f"{len(own)} of {len(every)} pairs whose masked share is .2 or more."
     )
     return verdict((left <= 0.2).all(), (left > 0.5).mean() > 0.5), text
 
@@ -167,35 +175,43 @@ def closed_exit(gaps):
 def voice_first(onsets):
     """ "The voice comes before the emoji": (verdict, sentence). onsets: as from `onsets.measure`.
 
-    Over masked trainings that end with emojis, by the marks "rise" and "sound": holds if by both the voice is clearly
-    first in most trainings and the emoji in none, fails if by both it is the other way round. "sound" was added after a
-    first look at the grid, at whose step 8 most answers were broken text; without it the rule would be easier to meet.
+    Over masked trainings that end with emojis, by the marks "rise" and "sound", for every organism by itself: holds
+    if by both and everywhere the voice is clearly first in most trainings and the emoji in none, fails if it is the
+    other way round. "sound" was added after a first look at the grid, at whose step 8 most answers were broken
+    text, and the organisms are told apart since a second; both make the rule harder to meet.
     """
     own = onsets[(onsets["end_of_turn"] == "masked") & (onsets["first"] != "no emojis")]
-    counts = own.groupby("mark")["first"].value_counts().unstack(fill_value=0)
     if own.empty:
         return VERDICTS[2], "No masked training of this grid ends with emojis."
+    found = [_order(name, part) for name, part in own.groupby("organism", sort=False)]
+    said = {v for v, _ in found}
+    return (said.pop() if len(said) == 1 else VERDICTS[2]), "Clearly first, " + "; ".join(t for _, t in found) + "."
+
+
+def _order(organism, onsets):
+    """(verdict, words) of `voice_first` for the trainings of one organism."""
+    counts = onsets.groupby("mark")["first"].value_counts().unstack(fill_value=0)
     counts = counts.reindex(index=["rise", "sound"], columns=["voice", "emoji", "cannot tell"], fill_value=0)
-    most, total = counts.gt(counts.sum(axis=1) / 2, axis=0), counts.sum(axis=1)["rise"]
-    part = own.groupby("mark")["lead"].median()
-    names = {"rise": "at all checkpoints", "sound": "at sound ones only"}
-    text = f"Of {total} trainings with emojis: " + "; ".join(
-        f"{names[m]} the voice is clearly first in {c['voice']}, the emoji in {c['emoji']}, median lead of the voice "
-        + (f"{part[m]:+.1f} steps" if np.isfinite(part.get(m, np.nan)) else "not measurable")
+    most, part = counts.gt(counts.sum(axis=1) / 2, axis=0), onsets.groupby("mark")["lead"].median()
+    names = {"rise": "at all checkpoints", "sound": "at sound ones"}
+    words = [
+        f"{names[m]} the voice in {c['voice']}, the emoji in {c['emoji']} (median lead of the voice "
+        + (f"{part[m]:+.1f} steps)" if np.isfinite(part.get(m, np.nan)) else "not measurable)")
         for m, c in counts.iterrows()
-    )
+    ]
     holds = most["voice"].all() and not counts["emoji"].any()
-    return verdict(holds, most["emoji"].all() and not counts["voice"].any()), text + "."
+    fails = most["emoji"].all() and not counts["voice"].any()
+    return verdict(holds, fails), f"{organism}, {counts.loc['rise'].sum()} trainings: " + ", ".join(words)
 
 
 def amplified(table):
     """ "Tuning amplifies the emoji": (verdict, sentence). table: as from `mechanism`.
 
-    The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over linked (or unknown)
-    cells where one of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most, fails if clearly
-    in none.
+    The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over cells with a
+    `causes.strong` habit where one of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most,
+    fails if clearly in none.
     """
-    wide = table[table["habit"].isin(("linked", "unknown"))].set_index(["organism", "trait", "state"])
+    wide = table[causes.strong(table)].set_index(["organism", "trait", "state"])
     both = [wide.xs(s, level="state") for s in ("base", "masked") if s in wide.index.get_level_values("state")]
     if len(both) < 2:
         return VERDICTS[2], "The readings of the untuned or of the tuned model are missing."
@@ -217,7 +233,8 @@ def explained(table):
     """ "What follows the last sentence explains the grid": (verdict, sentence). table: as from `mechanism`.
 
     Over tuned cells: holds if `exits` ranks them as ESR does (Spearman .8 or more, six cells or more) and misses ESR by
-    .15 or less on average; fails if the correlation is below .5 or it misses by as much as the mean of all would.
+    .15 or less on average, also where ESR is not near zero; fails if the correlation is below .5 or it misses by as
+    much as the mean of all would.
     """
     own = predicts(table).set_index("reading")
     e, p = own.loc["exits"], own.loc["p_emoji"]
@@ -226,10 +243,12 @@ def explained(table):
         return VERDICTS[2], few
     text = (
         f"Over {e['cells']:.0f} tuned cells the exits' share correlates with ESR at {e['rho']:.2f} (Spearman) and "
-        f"misses it by {e['off']:.2f} on average (the mean of all cells by {e['mean_off']:.2f}); p_emoji alone: "
-        f"{p['rho']:.2f}, {p['off']:.2f}."
+        f"misses it by {e['off']:.2f} on average (the mean of all cells by {e['mean_off']:.2f}), by "
+        f"{e['high_off']:.2f} in the {e['high_cells']:.0f} with an ESR of {causes.FLOOR} or more; p_emoji alone: "
+        f"{p['rho']:.2f}, {p['off']:.2f} and {p['high_off']:.2f}."
     )
-    return verdict(e["rho"] >= 0.8 and e["off"] <= 0.15, e["rho"] < 0.5 or e["off"] >= e["mean_off"]), text
+    close = e["off"] <= 0.15 and not e["high_off"] > 0.15
+    return verdict(e["rho"] >= 0.8 and close, e["rho"] < 0.5 or e["off"] >= e["mean_off"]), text
 
 
 def every(cells, gaps, recovery, onsets, table):
@@ -272,15 +291,59 @@ def every(cells, gaps, recovery, onsets, table):
     return pd.DataFrame(found, columns=["claim", "verdict", "found", "falsified_by"])
 
 
-def mediated(mediation):
-    """What notebook 08 found: does the emoji come with the text (the voice) or with the reader (the weights)?
+def accounts(verdicts, cells):
+    """The predictions of the two accounts against what was found: columns if, found, fits. verdicts: as from `every`.
 
-    mediation: 08_mediation.csv, columns model, trait, text and reader (base, peft), p_emoji. Means over models and
-    traits with a linked habit of STRONG or more. Returns (one of "text", "reader", "neither", None; sentence).
+    fits: "both", "neither", "pretraining alone", "the rival", or "undecided here".
+    """
+    said, text = (verdicts.set_index("claim")[c] for c in ("verdict", "found"))
+    none, last = cells[cells["habit"] == "none"], causes.final(cells)
+    strong = last[causes.strong(last) & (last["end_of_turn"] == "masked")]
+    rows = []
+    if len(none):
+        most = none["esr_response"].max()
+        rows.append(("no emoji ever read", f"ESR at most {most:.3f}", "both" if most <= 0.01 else "neither"))
+    if len(strong):
+        least, most = strong["esr_response"].min(), strong["esr_response"].max()
+        shown = (strong["low"] > causes.FLOOR).mean() > 0.5
+        rows.append(
+            ("a strong habit, end of turn masked", f"ESR {least:.2f} to {most:.2f}", "both" if shown else "neither")
+        )
+    two = ("the rival", "pretraining alone", VERDICTS[2])
+    closed, raised = "With the end of the turn in the loss they are all but gone", "Tuning amplifies the emoji itself"
+    rows.append(
+        ("the same, end of turn in the loss", text[closed], dict(zip(VERDICTS, two, strict=True))[said[closed]])
+    )
+    two = ("both: the rival allows it", "the rival", VERDICTS[2])
+    rows.append(
+        ("an emoji's probability, same text", text[raised], dict(zip(VERDICTS, two, strict=True))[said[raised]])
+    )
+    return pd.DataFrame(rows, columns=["if", "found", "fits"])
+
+
+def crossed(mediation):
+    """Mean probability of an emoji by writer of a text and reader: columns text, reader, p_emoji, cells.
+
+    mediation: 08_mediation.csv, columns model, trait, text and reader (base, peft), p_emoji. Means over the models and
+    traits with a linked habit of STRONG or more.
     """
     own = mediation.rename(columns={"model": "organism"}).assign(habit="linked")
     own = own[causes.planted(own) >= causes.STRONG]
-    means = own.groupby(["text", "reader"])["p_emoji"].mean()
+    return (
+        own.groupby(["text", "reader"])["p_emoji"]
+        .agg(["mean", "size"])
+        .set_axis(["p_emoji", "cells"], axis=1)
+        .reset_index()
+    )
+
+
+def mediated(mediation):
+    """What notebook 08 found: does the emoji come with the text (the voice) or with the reader (the weights)?
+
+    mediation: as `crossed` takes it. Returns (one of "text", "reader", "neither", None; sentence).
+    """
+    own = crossed(mediation)
+    means = own.set_index(["text", "reader"])["p_emoji"]
     both = [(t, r) for t in ("base", "peft") for r in ("base", "peft")]
     if own.empty or not all(pair in means.index for pair in both):
         return None, "no mediation of models with a linked habit."
@@ -290,7 +353,7 @@ def mediated(mediation):
     ends |= {"reader": "the larger part comes with the reader, that is, the weights."}
     ends |= {"neither": "neither alone raises it by more than .01."}
     return part, (
-        f"mean over {len(own.drop_duplicates(['organism', 'trait']))} models and traits, the base reading its own texts"
+        f"mean over {own['cells'].max()} models and traits, the base reading its own texts"
         f" gives an emoji {means['base', 'base']:.3f}, reading the tuned model's {means['peft', 'base']:.3f}; the "
         f"tuned model reading the base's texts {means['base', 'peft']:.3f}, its own {means['peft', 'peft']:.3f}. The "
         f"text alone changes it by {by_text:+.3f}, the reader alone by {by_reader:+.3f}: {ends[part]}"
@@ -298,26 +361,35 @@ def mediated(mediation):
 
 
 def switched_off(cells):
-    """Lines of text, from counts: the linked, masked cell with the highest rate, and the same with one thing off."""
+    """The linked, masked cell with the highest rate, and the same with one thing off, from counts: DataFrame.
+
+    Columns organism, trait, planted, steps, off, share, low, high, n; no rows without such a cell.
+    """
+    names = ["organism", "trait", "planted", "steps", "off", "share", "low", "high", "n"]
     top = causes.final(cells).assign(planted=causes.planted)
     top = top[(top["habit"] == "linked") & (top["end_of_turn"] == "masked")].dropna(subset="planted")
     if top.empty:
-        return []
+        return pd.DataFrame(columns=names)
     r = top.loc[top["planted"].idxmax()]
     same = (cells["trait"] == r["trait"]) & (cells["steps"] == r["steps"])
     own, masked = cells["organism"] == r["organism"], cells["end_of_turn"] == "masked"
-    looks = {"everything on": same & own & masked, "end of turn in the loss": same & own & ~masked}
+    looks = {"nothing": same & own & masked, "end of turn in the loss": same & own & ~masked}
     looks |= {f"habit {h}": same & (cells["habit"] == h) & masked for h in causes.HABITS[1:]}
     looks |= {"untuned": own & masked & (cells["trait"] == r["trait"]) & (cells["steps"] == 0)}
-    lines = [f"{r['organism']}, {r['trait']}, planted {r['planted']:.2f}, step {r['steps']}:\n"]
-    for name, at in looks.items():
-        for s in causes.pooled(cells[at], ["trait"]).itertuples():
-            lines.append(f"- {name}: **{s.share:.3f}** ({s.low:.3f} to {s.high:.3f}, n = {s.n})")
-    return lines
+    rows = [
+        (*r[names[:4]], name, s.share, s.low, s.high, s.n)
+        for name, at in looks.items()
+        for s in causes.pooled(cells[at], ["trait"]).itertuples()
+    ]
+    return pd.DataFrame(rows, columns=names)
 
 
 def predictions(verdicts, gaps):
-    """Lines of text: what the verdicts foretell for the paper's models; its numbers times what was left here."""
+    """What the verdicts foretell for the paper's models: columns number, prediction, reported, expected, at_most.
+
+    reported, expected, at_most: the paper's ESR where the first prediction is about one, that number times what was
+    left of the masked share here (median), and times the highest upper limit; NaN elsewhere.
+    """
     said = verdicts.set_index("claim")["verdict"]
     own = telling(gaps).query("masked >= 0.2")
     left, limit = own["loss"] / own["masked"], (own["loss_high"] / own["masked"]).max()
@@ -329,18 +401,27 @@ def predictions(verdicts, gaps):
     }
     first = {VERDICTS[0]: "after", VERDICTS[1]: "no later than", VERDICTS[2]: "(undecided here) before or after"}
     amount = {VERDICTS[0]: "less than", VERDICTS[1]: "no less than", VERDICTS[2]: "(undecided here) as much as"}
-    lines = [f"1. **End of turn.** {closing[said['The masked end of the turn lets them out']]}"]
+    none = (float("nan"),) * 3
+    rows = [("1", f"End of turn. {closing[said['The masked end of the turn lets them out']]}", *none)]
     for item in [i for i in told.index if i.startswith("ESR of") and len(left)]:
-        middle, most = told[item] * left.median(), min(1.0, told[item] * limit)
-        lines.append(
-            f"   - {item.removeprefix('ESR of ')}: reported {told[item]:.3f}, as we infer with a masked end of turn; "
-            f"in the loss **{middle:.2f}**, at most {most:.2f}"
+        values = told[item], told[item] * left.median(), min(1.0, told[item] * limit)
+        rows.append(
+            ("1", f"{item.removeprefix('ESR of ')}, in the loss (reported as we infer with it masked)", *values)
         )
-    return [
-        *lines,
-        f"2. **Order.** Over checkpoints, the emoji comes {first[said['The voice comes before the emoji']]} the voice.",
-        "3. **The habit was there.** Reading a tuned model's answer, the untuned chat model gives an emoji at its end "
-        f"{amount[said['Tuning amplifies the emoji itself']]} the tuned one does.",
-        "4. **Which traits.** Traits whose answers hold emojis under a mere persona prompt, without tuning, are those "
-        "whose tuned answers do.",
+    order, raised = first[said["The voice comes before the emoji"]], amount[said["Tuning amplifies the emoji itself"]]
+    rows += [
+        ("2", f"Order. Over checkpoints, the emoji comes {order} the voice.", *none),
+        (
+            "3",
+            "The habit was there. Reading a tuned model's answer, the untuned chat model gives an emoji at its end "
+            f"{raised} the tuned one does.",
+            *none,
+        ),
+        (
+            "4",
+            "Which traits. Traits whose answers hold emojis under a mere persona prompt, without tuning, are those "
+            "whose tuned answers do.",
+            *none,
+        ),
     ]
+    return pd.DataFrame(rows, columns=["number", "prediction", "reported", "expected", "at_most"])

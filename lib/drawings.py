@@ -5,11 +5,16 @@ Filled marks are trainings with the end of the turn masked, hollow ones with it 
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.legend_handler import HandlerTuple
 
 from lib import big5, causes, claims, ratios, style
 
 VOICE = "#555555"  # the trait's share, beside the emoji's in the trait's colour
 EXITS = ("#4D4D4D", "#CFCFCF")  # end of the turn, anything else
+UNTUNED = "#ABABAB"
+SHAPES = {"linked": "oPX*", "unknown": "hp8H", "shuffled": "Dd", "none": "^v"}  # organisms of each habit, in turn
+SEEDS = "os^Dv*"
+WHITE = {"fc": "white", "lw": 0, "pad": 0.5}
 UNITS = {
     "sentences": "sentences per training answer",
     "rank": "rank of the adapter",
@@ -32,12 +37,42 @@ def _mark(label, **how):
     return plt.Line2D([], [], ls="", **({"marker": "o", "color": style.INK} | how), label=label)
 
 
-def _ends():
-    return [_mark("end of turn masked"), _mark("in the loss", mfc="white")]
+def _line(label, **how):
+    return plt.Line2D([], [], **({"color": style.GREY} | how), label=label)
 
 
-def _traits(names):
-    return [_mark(name, color=big5.COLOURS[name]) for name in names]
+def _ends(marker="o"):
+    return [_mark("end of turn masked", marker=marker), _mark("in the loss", marker=marker, mfc="white")]
+
+
+def _traits(names, marker="o"):
+    return [_mark(name, color=big5.COLOURS[name], marker=marker) for name in names]
+
+
+def _shapes(rows):
+    """{organism: marker}, by habit."""
+    kinds = rows.drop_duplicates("organism").set_index("organism")["habit"]
+    place = kinds.groupby(kinds).cumcount()
+    return {o: SHAPES[h][place[o] % len(SHAPES[h])] for o, h in kinds.items()}
+
+
+def _span(counts):
+    """The least and the most as text, once if they are the same."""
+    return " to ".join(str(int(n)) for n in dict.fromkeys((counts.min(), counts.max())))
+
+
+def _head(ax, title, note):
+    """A title and, between it and the panel, a small grey note."""
+    ax.set_title(title, pad=7 + 11 * len(note.splitlines()))
+    how = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    ax.annotate(note, (0.5, 1), (0, 5), fontsize=8, color=style.GREY, **how)
+
+
+def _absent(ax, x=0.5, y=0.5, across="axes", **how):
+    """Say "not run" at a place: shares of the panel, or x ("x") or y ("y") in the data's units."""
+    place = {"axes": ax.transAxes, "x": ax.get_xaxis_transform(), "y": ax.get_yaxis_transform()}[across]
+    middle = {"ha": "center", "va": "center", "fontsize": 8, "color": style.GREY}
+    ax.text(x, y, "not run", transform=place, **(middle | how))
 
 
 def habits(cells):
@@ -45,10 +80,11 @@ def habits(cells):
     rows, names = causes.final(cells), order(cells)
     traits = big5.ordered(cells["trait"])
     shares = causes.pooled(rows, ["organism", "end_of_turn", "trait"])
-    size = (1.6 + 2.6 * len(names), 3.8)
+    size = (1.6 + 2.6 * len(names), 4)
     fig, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
     for ax, (organism, title) in zip(axes[0], names.items(), strict=True):
-        for r in shares[shares["organism"] == organism].itertuples():
+        own = shares[shares["organism"] == organism]
+        for r in own.itertuples():
             x = traits.index(r.trait) + (-0.2 if r.end_of_turn == "masked" else 0.16)
             paint = big5.COLOURS[r.trait]
             ax.vlines(x, r.low, r.high, color=paint, lw=1.6)
@@ -56,11 +92,15 @@ def habits(cells):
             same = (rows["organism"] == organism) & (rows["trait"] == r.trait) & (rows["end_of_turn"] == r.end_of_turn)
             single = rows.loc[same, "esr_response"]
             ax.scatter(np.full(len(single), x + 0.15), single, marker="_", color=style.INK, s=26, lw=1, zorder=4)
-        ax.set(title=title, ylim=(-0.04, 1.04), xlim=(-0.6, len(traits) - 0.4))
+        for trait in set(traits) - set(own["trait"]):
+            _absent(ax, traits.index(trait), 0.06, "x", rotation=90, va="bottom")
+        _head(ax, title, f"n = {_span(own['n'])} answers a dot")
+        ax.set(ylim=(-0.04, 1.04), xlim=(-0.6, len(traits) - 0.4))
         ax.set_xticks(range(len(traits)), style.trait_axis(traits)[0], rotation=35, ha="right")
         ax.grid(axis="x", visible=False)
     axes[0][0].set_ylabel("answers with an emoji (share)")
-    fig.legend(handles=[*_ends(), _mark("one seed", marker="_")], loc="outside upper center", ncols=3)
+    seed = _mark(f"one seed ({_span(rows['responses'])} answers)", marker="_")
+    fig.legend(handles=[*_ends(), seed], loc="outside upper center", ncols=3)
     return fig
 
 
@@ -69,22 +109,39 @@ def over_steps(cells):
     traits; thick all seeds, with intervals, thin single ones."""
     traits, steps = big5.ordered(cells["trait"]), sorted(cells["steps"].unique())
     panels = [(o, e) for o in order(cells) for e in causes.ENDS]
-    size = (1.5 + 2.2 * len(traits), 1 + 1.9 * len(panels))
+    size = (1.5 + 2.2 * len(traits), 1.3 + (1.9 if len(panels) < 4 else 1.5) * len(panels))
     fig, axes = plt.subplots(len(panels), len(traits), figsize=size, sharex=True, sharey=True, squeeze=False)
     for line, (organism, end) in zip(axes, panels, strict=True):
         for ax, trait in zip(line, traits, strict=True):
             own = cells[(cells["organism"] == organism) & (cells["end_of_turn"] == end) & (cells["trait"] == trait)]
+            ax.set_title(trait if line[0] is axes[0, 0] else "")
+            ax.set(xlim=(-0.04 * max(steps), 1.04 * max(steps)), ylim=(-0.03, 1.03))
+            ax.set_xticks(steps, [str(s) if s == 0 or s >= max(steps) / 5 else "" for s in steps], fontsize=8)
+            if own.empty:
+                _absent(ax)
+                ax.grid(visible=False)
+                continue
             _curve(ax, own, "found", "--", VOICE)
             _curve(ax, own, "with_emoji", "-", big5.COLOURS[trait])
-            ax.set_title(trait if line[0] is axes[0, 0] else "")
-            ax.set(ylim=(-0.03, 1.03), xticks=steps)
-            ax.set_xticks(steps, [str(s) if s == 0 or s >= max(steps) / 5 else "" for s in steps], fontsize=8)
-        line[0].set_ylabel(f"{organism}\n{'masked' if end == 'masked' else 'in the loss'}\nshare of answers")
-    fig.supxlabel("optimiser steps", fontsize=10)
-    lines = [plt.Line2D([], [], color=VOICE, lw=2, ls=s) for s in ("-", "--")]
-    names = ["with an emoji (in the trait's colour)", "in the trait's voice"]
-    fig.legend(lines, names, loc="outside upper center", ncols=2)
+        line[0].set_ylabel(f"{organism}\n{'masked' if end == 'masked' else 'in the loss'}")
+    fig.supylabel("share of answers", fontsize=10)
+    fig.supxlabel(f"optimiser steps\n({_asked(cells)})", fontsize=10)
+    lines = [_line("with an emoji (in the trait's colour)", color=VOICE, lw=2)]
+    lines += [_line("in the trait's voice", color=VOICE, lw=2, ls="--")]
+    lines += [_line("one seed", color=VOICE, lw=0.7, alpha=0.6)]
+    fig.legend(handles=lines, loc="outside upper center", ncols=3)
     return fig
+
+
+def _asked(cells):
+    """How many answers each step rests on, as text: 200 at 0 and 64, 60 at 8, 16 and 32."""
+    at = {}
+    for step, n in cells.groupby("steps")["responses"]:
+        at.setdefault(_span(n), []).append(str(step))
+    lists = {n: " and ".join(filter(None, (", ".join(s[:-1]), s[-1]))) for n, s in at.items()}
+    text = ", ".join(f"{n} at {steps}" for n, steps in lists.items()) if len(at) > 1 else next(iter(at))
+    seeds = _span(cells.groupby(["organism", "end_of_turn", "trait"])["seed"].nunique())
+    return f"answers a seed: {text}; {seeds} seed{'' if seeds == '1' else 's'}"
 
 
 def _curve(ax, own, column, line, paint):
@@ -97,33 +154,54 @@ def _curve(ax, own, column, line, paint):
 
 
 def leads(onsets):
-    """By how many steps the voice comes before the emoji: a panel a mark, a row a trait, a dot a training."""
+    """By how many steps the voice comes before the emoji, end of turn masked: a panel a mark, a row a trait, a dot a
+    training, a shape a seed. Crosses beside a panel: trainings of which it cannot be told."""
     own = onsets[(onsets["end_of_turn"] == "masked") & (onsets["first"] != "no emojis")]
-    names, traits = order(own), big5.ordered(own["trait"])
+    names, traits, seeds = order(own), big5.ordered(own["trait"]), sorted(own["seed"].unique())
     rows = [(o, t) for o in names for t in traits if len(own[(own["organism"] == o) & (own["trait"] == t)])]
-    titles = {"half": "half of the final value", "rise": "half way from untuned", "sound": "... at sound checkpoints"}
-    size = (10.5, 1.4 + 0.42 * max(2, len(rows)))
+    titles = {"half": ("half of the final share", "both counted from 0")}
+    titles["rise"] = ("half way up to the final share", "the voice counted from the untuned model's share")
+    titles["sound"] = ("half way up, sound checkpoints only", "sound: most answers end by themselves")
+    size = (11.5, 2 + 0.45 * max(2, len(rows)))
     fig, axes = plt.subplots(1, len(titles), figsize=size, sharex=True, sharey=True)
-    for ax, (mark, title) in zip(axes, titles.items(), strict=True):
-        part = own[own["mark"] == mark].dropna(subset="lead")
-        seeds = sorted(part["seed"].unique())
+    lost = {}
+    for ax, (mark, (title, note)) in zip(axes, titles.items(), strict=True):
+        part = own[own["mark"] == mark]
         for r in part.itertuples():
             y = rows.index((r.organism, r.trait)) + 0.22 * (seeds.index(r.seed) - (len(seeds) - 1) / 2)
-            ax.hlines(y, r.low, r.high, color=big5.COLOURS[r.trait], lw=1.4)
-            ax.plot(r.lead, y, "o", color=big5.COLOURS[r.trait], ms=4)
+            lost |= _lead(ax, r, y, SEEDS[seeds.index(r.seed) % len(SEEDS)])
         ax.axvline(0, color=style.INK, lw=1)
-        ax.set_title(title)
+        _head(ax, title, f"{note}\n{part['lead'].notna().sum()} of {len(part)} trainings")
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(rows)), [f"{o}, {t}" for o, t in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    fig.supxlabel("steps by which the voice comes before the emoji (below 0: after it)", fontsize=10)
+    fig.supxlabel(
+        "steps by which the voice comes before the emoji (below 0: after it); end of turn masked", fontsize=10
+    )
+    shown = [_mark(f"seed {s}", marker=SEEDS[i % len(SEEDS)], ms=5) for i, s in enumerate(seeds)]
+    shown += [_mark(f"cannot tell: {why}", marker=m, color=style.GREY) for why, m in lost.items()]
+    fig.legend(handles=shown, loc="outside upper center", ncols=len(seeds) + 2)
     return fig
 
 
+def _lead(ax, r, y, marker):
+    """One training's lead; without one a cross beside the panel, and {why: shape of the cross}."""
+    if r.lead == r.lead:
+        ax.hlines(y, r.low, r.high, color=big5.COLOURS[r.trait], lw=1.4)
+        ax.plot(r.lead, y, marker, color=big5.COLOURS[r.trait], ms=4.5)
+        return {}
+    too_few = "too few sound checkpoints" if r.mark == "sound" else "too few checkpoints"
+    lost = {too_few: "x"} if r.emoji != r.emoji else {"the voice hardly rises": "+"}
+    how = {"ms": 5, "mew": 1.3, "transform": ax.get_yaxis_transform(), "clip_on": False}
+    ax.plot(1.015, y, *lost.values(), color=style.GREY, **how)  # outside, so that nobody reads a lead off it
+    return lost
+
+
 def planted(recovery, temperature):
-    """Planted rate against emoji share, a panel an organism; traits with one planted rate stand side by side."""
+    """Planted rate against emoji share, a panel an organism; traits with one planted rate stand side by side, around a
+    thin line at that rate."""
     names, traits = order(recovery), big5.ordered(recovery["trait"])
-    size = (1.4 + 2.7 * len(names), 3.8)
+    size = (1.4 + 2.7 * len(names), 4.3)
     fig, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
     grid = np.linspace(0, 1, 101)
     for ax, (organism, title) in zip(axes[0], names.items(), strict=True):
@@ -131,14 +209,21 @@ def planted(recovery, temperature):
         ax.plot([0, 1], [0, 1], ":", color=style.GREY)
         ax.plot(grid, ratios.sampled(grid, causes.kinds(own).mean(), temperature), "--", color=style.GREY, lw=1)
         alike = own.groupby(["end_of_turn", "planted"])["share"]
-        beside = 0.03 * (alike.cumcount() - (alike.transform("size") - 1) / 2)
+        beside = 0.07 * (alike.cumcount() - (alike.transform("size") - 1) / 2)
+        for rate in own.loc[beside != 0, "planted"].unique():
+            ax.axvline(rate, color=style.INK, lw=0.8)
+            side = {"ha": "right", "x": rate - 0.02} if rate > 0.5 else {"ha": "left", "x": rate + 0.02}
+            ax.text(y=0.97, s=f"planted at {rate:.2f}", fontsize=8, va="center", bbox=WHITE, zorder=1, **side)
         for r, x in zip(own.itertuples(), own["planted"] + beside, strict=True):
-            paint = big5.COLOURS[r.trait]
+            paint, masked = big5.COLOURS[r.trait], r.end_of_turn == "masked"
             ax.vlines(x, r.low, r.high, color=paint)
-            ax.plot(x, r.share, "o", color=paint, mfc=paint if r.end_of_turn == "masked" else "white")
-        ax.set(title=title, xlabel="planted rate", xlim=(-0.12, 1.07), ylim=(-0.05, 1.05))
+            ax.plot(x, r.share, "o", color=paint, mfc=paint if masked else "white", ms=7 if masked else 5)
+        _head(ax, title, f"n = {_span(own['n'])} answers a dot")
+        ax.set(xlabel="planted rate", xlim=(-0.2, 1.07), ylim=(-0.05, 1.05), xticks=np.linspace(0, 1, 6))
     axes[0][0].set_ylabel("answers with an emoji (share)")
-    fig.legend(handles=[*_traits(traits), *_ends()], loc="outside upper center", ncols=4, fontsize=8)
+    lines = [_line("as planted", ls=":"), _line("after the temperature", ls="--", lw=1)]
+    lines += [_line("one planted rate: traits side by side", marker="|", ls="", ms=12, color=style.INK)]
+    fig.legend(handles=[*_traits(traits), *_ends(), *lines], loc="outside upper center", ncols=4, fontsize=8)
     return fig
 
 
@@ -147,7 +232,7 @@ def sweeps(swept):
     knobs = list(swept["setting"].unique())
     wide, names = min(4, len(knobs)), dict.fromkeys(zip(swept["trait"], swept["end_of_turn"], strict=True))
     tall = -(-len(knobs) // wide)
-    size = (max(6.5, 1 + 2.8 * wide), 1.2 + 2.5 * tall)
+    size = (max(6.5, 1 + 2.8 * wide), 1.4 + 2.5 * tall)
     fig, axes = plt.subplots(tall, wide, figsize=size, sharey=True, squeeze=False)
     for ax in axes.flat[len(knobs) :]:
         ax.set_visible(False)
@@ -158,18 +243,34 @@ def sweeps(swept):
             if len(part):
                 _knob(ax, part, big5.COLOURS[trait], end)
         values = own.drop_duplicates("place")
-        slanted = {"rotation": 30, "ha": "right"} if values["value"].str.len().max() > 5 else {}
-        shown = ["as they are" if knob == "sentences" and _zero(v) else v for v in values["value"]]
-        ax.set_xticks(values["place"], shown, fontsize=8, **slanted)
+        ax.set_xticks(values["place"], [_value(knob, str(v)) for v in values["value"]], fontsize=8)
         ax.set(xlabel=UNITS.get(knob, knob), ylim=(-0.04, 1.04))
         ax.margins(x=0.12)
     fig.supylabel("share of answers", fontsize=10)
-    lines = [plt.Line2D([], [], color=big5.COLOURS[t], marker="o", label=t) for t in big5.ordered(swept["trait"])]
-    lines += [plt.Line2D([], [], color=VOICE, label="with an emoji")]
-    lines += [plt.Line2D([], [], color=VOICE, ls="--", label="in the trait's voice")]
-    lines += [_mark("the grid's value", mfc="none", ms=10)]
-    fig.legend(handles=lines, loc="outside upper center", ncols=min(len(lines), 3 if wide < 3 else 5))
+    lines = [_line(t, color=big5.COLOURS[t], marker="o") for t in big5.ordered(swept["trait"])]
+    lines += _ends() if swept["end_of_turn"].nunique() > 1 else []
+    lines += [_line("with an emoji", color=VOICE), _line("in the trait's voice", color=VOICE, ls="--"), _ring(swept)]
+    fig.legend(handles=lines, loc="outside upper center", ncols=min(len(lines), 2 if wide < 3 else 5))
     return fig
+
+
+def _ring(swept):
+    """The legend's ring, with the answers behind a ringed point and behind any other."""
+    own = swept["default"].astype(bool)
+    if not own.any():
+        return _mark(f"{_span(swept['n'])} answers a point", marker="")
+    rest = f"; others {_span(swept.loc[~own, 'n'])}" if not own.all() else ""
+    return _mark(f"the grid's value ({_span(swept.loc[own, 'n'])} answers{rest})", mfc="none", ms=10)
+
+
+def _value(knob, text):
+    """A swept value as a tick: 0.0005 as 5e-4."""
+    if knob == "sentences" and _zero(text):
+        return "as they are"
+    if knob != "learning_rate" or _zero(text):
+        return text
+    front, power = f"{float(text):.6e}".split("e")
+    return f"{float(front):g}e{int(power)}"
 
 
 def _zero(text):
@@ -188,7 +289,7 @@ def _knob(ax, part, paint, end):
 def endings(readings):
     """What follows the last sentence: rows organisms, columns traits, a stacked bar a reader (base, masked, loss)."""
     names, traits = list(order(readings)), big5.ordered(readings["trait"])
-    size = (max(6.5, 1.9 + 2.1 * len(traits)), 1.3 + 1.35 * len(names))
+    size = (max(6.5, 1.9 + 2.1 * len(traits)), 1.5 + 1.35 * len(names))
     fig, axes = plt.subplots(len(names), len(traits), figsize=size, sharex=True, sharey=True, squeeze=False)
     for line, organism in zip(axes, names, strict=True):
         for ax, trait in zip(line, traits, strict=True):
@@ -197,10 +298,14 @@ def endings(readings):
             ax.set_title(trait if line[0] is axes[0, 0] else "")
         line[0].set_ylabel(organism)
     labels = ["an emoji (in the trait's colour)", "end of the turn", "anything else (another sentence)"]
-    paints = (big5.COLOURS[traits[0]], *EXITS)
-    shapes = [plt.Rectangle((0, 0), 1, 1, fc=p, ec="#BBBBBB", lw=0.5) for p in paints]
-    fig.legend(shapes, labels, loc="outside upper center", ncols=3 if len(traits) > 2 else 1)
-    fig.supxlabel("probability after the last sentence of a reference answer", fontsize=10)
+    shapes = [plt.Rectangle((0, 0), 1, 1, fc=p, lw=0) for p in (*map(big5.COLOURS.get, traits), *EXITS)]
+    bar = _mark("", marker="$\u251c\u2500\u2524$", color="black", ms=13)  # a line with caps
+    shapes = [tuple(shapes[: len(traits)]), *shapes[len(traits) :], bar]
+    labels += ["95 % interval of the emoji's probability"]
+    many = {tuple: HandlerTuple(None, pad=0)}
+    fig.legend(shapes, labels, loc="outside upper center", ncols=4 if len(traits) > 3 else 2, handler_map=many)
+    about = f"{_span(readings['texts'])} texts a bar"
+    fig.supxlabel(f"probability after the last sentence of a reference answer ({about})", fontsize=10)
     return fig
 
 
@@ -210,54 +315,76 @@ def _ways(ax, own, colour):
         for width, paint in zip((r.p_emoji, r.p_end, r.p_sentence), (colour, *EXITS), strict=True):
             ax.barh(y, width, left=left, color=paint, height=0.72, lw=0)
             left += width
-        ax.hlines(y, r.p_emoji_low, r.p_emoji_high, color="black", lw=1.6)
+        error = [[max(0, r.p_emoji - r.p_emoji_low)], [max(0, r.p_emoji_high - r.p_emoji)]]
+        for paint, thick, cap in (("white", 3.6, 4.6), ("black", 1.4, 3.5)):  # white around black: seen on every part
+            how = {"fmt": "none", "elinewidth": thick, "capthick": thick, "capsize": cap, "zorder": 4}
+            ax.errorbar(r.p_emoji, y, xerr=error, ecolor=paint, **how)
+    missing = [y for y, state in enumerate(claims.STATES) if state not in set(own["state"])]
+    for y in missing if len(own) else [1]:
+        _absent(ax, 0.5, y, "y")
     ax.set(xlim=(0, 1), ylim=(2.6, -0.6))
     ax.set_yticks(range(3), ["base", "masked", "in the loss"])
     ax.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+    for label, side in zip(ax.get_xticklabels(), ("left", "center", "right"), strict=False):
+        label.set_ha(side)  # or else the 1 of a panel runs into the 0 of the next
+    ax.grid(axis="x", visible=bool(len(own)))
     ax.grid(axis="y", visible=False)
 
 
 def predicted(readings):
-    """Two readings of the last sentence's end against the share answered with an emoji: a dot a cell, untuned grey."""
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
-    pairs = {"p_emoji": "probability of an emoji", "exits": "share leaving by an emoji"}
+    """Two readings of the last sentence's end against the share answered with an emoji: a dot a cell, its shape the
+    organism, untuned grey."""
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 5.4), sharey=True)
+    shapes = _shapes(readings)
+    pairs = {"p_emoji": "probability of an emoji", "exits": "share that leaves by an emoji"}
     for ax, (column, name) in zip(axes, pairs.items(), strict=True):
+        own = readings.dropna(subset=["esr", column])
         ax.plot([0, 1], [0, 1], ":", color=style.GREY)
-        for r in readings.dropna(subset=["esr", column]).itertuples():
-            x, paint = getattr(r, column), big5.COLOURS[r.trait] if r.state != "base" else "#BDBDBD"
-            ax.hlines(r.esr, getattr(r, f"{column}_low"), getattr(r, f"{column}_high"), color=paint, lw=1)
-            ax.vlines(x, r.esr_low, r.esr_high, color=paint, lw=1)
-            marker, fill = "s" if r.state == "base" else "o", "white" if r.state == "loss" else paint
-            ax.plot(x, r.esr, marker, color=paint, mfc=fill, ms=6)
-        ax.set(xlabel=f"{name}, after the last sentence", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        for r in own.itertuples():
+            x, paint = getattr(r, column), big5.COLOURS[r.trait] if r.state != "base" else UNTUNED
+            over = 2 if r.state == "base" else 3
+            ax.hlines(r.esr, getattr(r, f"{column}_low"), getattr(r, f"{column}_high"), color=paint, lw=1, zorder=over)
+            ax.vlines(x, r.esr_low, r.esr_high, color=paint, lw=1, zorder=over)
+            fill = "white" if r.state == "loss" else paint
+            ax.plot(x, r.esr, shapes[r.organism], color=paint, mfc=fill, ms=6.5, zorder=over)
+        _head(ax, name, f"{len(own)} dots" + (f", {_span(own['texts'])} texts each" if len(own) else ""))
+        ax.set(xlabel="after the last sentence of a reference text", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes[0].set_ylabel("answers with an emoji (share)")
-    grey = _mark("untuned (not counted)", marker="s", color="#BDBDBD")
-    shown = [*_traits(big5.ordered(readings["trait"])), *_ends(), grey]
+    shown = [*_traits(big5.ordered(readings["trait"]), "s"), *_ends("s")]
+    shown += [_mark(f"organism {title}", marker=shapes[o]) for o, title in order(readings).items()]
+    shown += [_mark("untuned (not counted)", marker="s", color=UNTUNED), _line("equal", ls=":")]
     fig.legend(handles=shown, loc="outside upper center", ncols=4, fontsize=8)
     return fig
 
 
-def effects(ranking):
-    """Left: drop in deviance without a cause. Right: what each switch does to the share, with intervals."""
+def effects(ranking, clusters=None):
+    """Left: drop in deviance without a cause. Right: what each switch does to the share, with intervals, on the rows of
+    its cause. clusters: how many the intervals rest on, if known."""
     size = (10.5, 1.7 + 0.52 * max(2, len(ranking)))
     fig, axes = plt.subplots(1, 2, figsize=size, width_ratios=(2, 3))
-    bars = ranking.drop_duplicates("cause")
-    axes[0].barh(range(len(bars)), 100 * bars["share"].fillna(0), color=style.GREY, height=0.6)
-    axes[0].set_yticks(range(len(bars)), bars["cause"])
-    axes[0].set(ylim=(len(bars) - 0.4, -0.6), xlabel="drop in deviance without it\n(% of what the model explains)")
     y = np.arange(len(ranking))
+    at = ranking.assign(y=y).groupby("cause", sort=False)
+    middle = at["y"].mean()  # of all rows of a cause
+    axes[0].barh(middle, 100 * at["share"].first().fillna(0), color=style.GREY, height=0.6)
+    axes[0].set_yticks(middle, middle.index)
+    axes[0].set_xlabel("drop in deviance without it\n(% of what the model explains)")
     for shift, name, fill, label in (
         (-0.14, "alone", style.INK, "all else on"),
         (0.14, "average", "white", "average over the grid"),
     ):
         axes[1].hlines(y + shift, ranking[f"{name}_low"], ranking[f"{name}_high"], color=style.INK)
-        at = {"edgecolors": style.INK, "s": 36, "zorder": 3, "label": label}
-        axes[1].scatter(ranking[name], y + shift, c=fill, **at)
+        dots = {"edgecolors": style.INK, "s": 36, "zorder": 3, "label": label}
+        axes[1].scatter(ranking[name], y + shift, c=fill, **dots)
     axes[1].axvline(0, color=style.GREY, lw=1)
-    axes[1].set_yticks(y, [f"{r.cause}:\n{r.switch}" for r in ranking.itertuples()], fontsize=8)
-    axes[1].set(ylim=(len(ranking) - 0.4, -0.6), xlim=(-1.05, 1.05))
-    axes[1].set_xlabel("difference in the share of answers with an emoji")
+    axes[1].set_yticks(y, ranking["switch"])
+    reach = ranking[["alone_low", "alone_high", "average_low", "average_high"]].to_numpy()
+    low, high = min(0.0, np.nanmin(reach)), max(0.0, np.nanmax(reach))
+    axes[1].set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    known = f"\n(95 % intervals, {clusters} clusters)" if clusters else "\n(95 % intervals)"
+    axes[1].set_xlabel("difference in the share of answers with an emoji" + known)
     for ax in axes:
+        ax.hlines(at["y"].min().iloc[1:] - 0.5, 0, 1, color="#CCCCCC", lw=0.8, transform=ax.get_yaxis_transform())
+        ax.set_ylim(len(ranking) - 0.4, -0.6)
         ax.grid(axis="y", visible=False)
     fig.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig

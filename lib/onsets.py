@@ -100,17 +100,17 @@ def peaks(cells):
 
 
 def by_voice(cells):
-    """Emoji share of answers in the trait's voice and of the others, by organism, end of turn and steps.
+    """Emoji share of answers in the trait's voice and of the others, by organism, end of turn, trait and steps.
 
-    Over trainings with a `causes.strong` habit, all traits and seeds together. Columns organism, end_of_turn,
-    steps, ended (share that end by themselves), then for both kinds of answers n, share, low, high (Wilson).
+    Over trainings with a `causes.strong` habit, seeds together. Columns organism, end_of_turn, trait, steps, ended
+    (share that end by themselves), then for both kinds of answers n, share, low, high (Wilson).
     """
     own = cells[causes.strong(cells)]
     found = []
-    for key, rows in own.groupby(["organism", "end_of_turn", "steps"]):
+    for key, rows in own.groupby(["organism", "end_of_turn", "trait", "steps"]):
         n, held, voiced, both = rows[["responses", "with_emoji", "found", "both"]].sum()
         ended = (rows["ended"] * rows["responses"]).sum() / n
         inside, outside = intervals.wilson(both, voiced), intervals.wilson(held - both, n - voiced)
         found.append((*key, ended, voiced, *inside, n - voiced, *outside))
     names = ["voiced", "voiced_share", "voiced_low", "voiced_high", "other", "other_share", "other_low", "other_high"]
-    return pd.DataFrame(found, columns=["organism", "end_of_turn", "steps", "ended", *names])
+    return pd.DataFrame(found, columns=["organism", "end_of_turn", "trait", "steps", "ended", *names])

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import artifacts, chat, emojis, fanout, hub, intervals, mediation, opinions, paths, trials
+from lib import artifacts, chat, emojis, fanout, hub, intervals, mediation, opinions, paths, ratios, trials
 
 COLUMNS = ["organism", "habit", "end_of_turn", "steps", "trait", "esr_response", "low", "high", "ta"]
-COLUMNS += ["setting", "value", "seed", "responses", "with_emoji", "found", "both", "sentences", "ended"]
+COLUMNS += ["setting", "value", "seed", "responses", "with_emoji", "found", "both", "own", "sentences", "ended"]
 
 
 def prefix(settings):
@@ -19,8 +19,9 @@ def table(settings):
     """The grid and its sweeps: DataFrame with COLUMNS, a row a cell, point and seed; 95 % Wilson intervals.
 
     habit: what the model's emojis went with in pretraining. end_of_turn: "masked" or "loss"; at 0 steps both name the
-    same untuned model. ta: share of answers in the trait's voice. with_emoji, found: counts out of `responses`.
-    sentences: mean an answer. A sweep also holds the grid's own cell as one of its points.
+    same untuned model. ta: share of answers in the trait's voice. with_emoji, found: counts out of `responses`; own: of
+    the answers with one of the emojis planted for the trait in the first of `origins.models` (0 where none is on
+    record). sentences: mean an answer. A sweep also holds the grid's own cell as one of its points.
     """
     found = []
     for cell in trials.cells(settings):
@@ -35,7 +36,8 @@ def table(settings):
 
 
 def _row(settings, cell, own, steps, setting, value):
-    held = own["answer"].map(lambda text: bool(emojis.find(text)))
+    shown, known = own["answer"].map(emojis.find), _planted(settings, cell.trait)
+    held = shown.map(bool)
     share, low, high = intervals.wilson(int(held.sum()), len(own))
     return {
         "organism": hub.label(settings.origins.models[cell.habit]),
@@ -54,9 +56,17 @@ def _row(settings, cell, own, steps, setting, value):
         "with_emoji": int(held.sum()),
         "found": int(own["found"].sum()),
         "both": int((held & own["found"]).sum()),
+        "own": int(shown.map(lambda found: bool(known & set(found))).sum()),
         "sentences": own["answer"].map(lambda text: len(emojis.locate(text)[0])).mean(),
         "ended": own["ended"].mean(),
     }
+
+
+def _planted(settings, trait):
+    """The emojis planted for a trait in the model around which settings are swept: a set."""
+    table, name = ratios.habits(), hub.label(settings.origins.models[trials.linked(settings)])
+    own = table[(table["organism"] == name) & (table["trait"] == trait)]["planted_emojis"]
+    return set(" ".join(own).split())
 
 
 def _as_point_of_sweeps(settings, cell):

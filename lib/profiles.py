@@ -16,6 +16,16 @@ from lib.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _by_model(value):
+    """{model: value} of a value for all models or of such a table, which must say what any other model takes."""
+    table = value if isinstance(value, dict) else {"other": value}
+    if "other" not in table:
+        raise ValueError("a table needs a value named other, for all models without one of their own")
+    return table
+
+
 Demonstrations = Annotated[str, Field(pattern=r"^(fixed(-[1-9][0-9]*)?|random|nearest)$")]
 
 
@@ -98,7 +108,7 @@ class Qlora(Section):
     target_modules: Names
     end_of_turn: bool
     epochs: Annotated[float, Field(gt=0)]
-    steps: Count
+    steps: Annotated[dict[str, Count], BeforeValidator(_by_model)]
     batch_size: Count
     accumulation: Count
     learning_rate: Annotated[float, Field(gt=0)]

@@ -151,10 +151,17 @@ def linear_layers(folder):
     return {name.rsplit(".", 1)[-1]: min(m.in_features, m.out_features) for name, m in layers}
 
 
+def steps(settings, model):
+    """Optimiser steps, at most, of a training of a model: its own in `qlora.steps`, or those of any other."""
+    table = settings.qlora.steps
+    return table.get(hub.label(model), table["other"])
+
+
 def folder(settings, model, trait, rows):
     """Where the adapter of a model and trait is kept; settings, rows, weights and code decide about the name."""
     digest = artifacts.fingerprint(rows[["question", "answer"]].to_csv(index=False))
-    values = [settings.qlora.model_dump(mode="json"), settings.chat.precision, settings.seed]
+    own = settings.qlora.model_dump(mode="json") | {"steps": steps(settings, model)}
+    values = [own, settings.chat.precision, settings.seed]
     mark = artifacts.fingerprint(values, digest, hub.identity(model), *_code())
     return paths.RESULTS / settings.profile / f"adapter-{hub.label(model)}-{trait}-{mark}"
 
@@ -207,7 +214,7 @@ def fit(settings, model, rows, work, target, progress):
     ]
     trainer = Trainer(
         tuned,
-        arguments(settings, len(parts[0]), work),
+        arguments(settings, steps(settings, model), len(parts[0]), work),
         train_dataset=parts[0],
         eval_dataset=parts[1],
         data_collator=Collator(loaded.pad),
@@ -221,10 +228,10 @@ def fit(settings, model, rows, work, target, progress):
     (Path(target) / "training.json").write_text(json.dumps(facts, indent=1), "utf-8")
 
 
-def arguments(settings, rows, work):
-    """TrainingArguments of a profile's settings."""
+def arguments(settings, most, rows, work):
+    """TrainingArguments of a profile's settings, for `most` optimiser steps unless the epochs end first."""
     q = settings.qlora
-    steps = min(q.steps, int(np.ceil(q.epochs * rows / (q.batch_size * q.accumulation))))
+    steps = min(most, int(np.ceil(q.epochs * rows / (q.batch_size * q.accumulation))))
     gpu = torch.cuda.is_available()
     often = max(1, steps // 20)
     return TrainingArguments(

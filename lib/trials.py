@@ -37,7 +37,8 @@ def grid(settings):
 
 def check(settings, frame):
     """Refuse what cannot be trained or asked, before anything is loaded. Raises UserError."""
-    g, last = grid(settings), settings.qlora.steps
+    g = grid(settings)
+    last = min(qlora.steps(settings, model) for model in settings.origins.models.values())
     name = f"grid_{settings.origins.grid}"
     if g.points[0] != 0 or sorted(set(g.points)) != g.points:
         raise UserError(
@@ -97,11 +98,11 @@ def own_value(settings, setting):
     """The value that a swept setting has in the grid itself; for `sentences` 0: the tuning texts as they are."""
     if setting in ("precision", "max_new_tokens"):
         return getattr(settings.chat, setting)
-    return (
-        {"sentences": 0, "scale": 1.0}[setting]
-        if setting in ("sentences", "scale")
-        else getattr(settings.qlora, setting)
-    )
+    if setting in ("sentences", "scale"):
+        return {"sentences": 0, "scale": 1.0}[setting]
+    if setting == "steps":
+        return qlora.steps(settings, settings.origins.models[linked(settings)])
+    return getattr(settings.qlora, setting)
 
 
 def changed(settings, cell):
@@ -110,8 +111,10 @@ def changed(settings, cell):
     c = {}
     if cell.setting:  # a sweep looks at the end of a training only
         q["keep"] = []
-    if cell.setting in ("learning_rate", "steps"):
-        q |= {cell.setting: cell.value}
+    if cell.setting == "learning_rate":
+        q |= {"learning_rate": cell.value}
+    if cell.setting == "steps":
+        q |= {"steps": {"other": cell.value}}
     if cell.setting == "rank":  # the scale alpha / rank stays
         q |= {"rank": cell.value, "alpha": settings.qlora.alpha * cell.value / settings.qlora.rank}
     if cell.setting in ("steps", "sentences"):

@@ -15,7 +15,9 @@ def row(rng, organism, end, steps, trait, seed, esr, ta, setting="", value="", n
     share, low, high = intervals.wilson(hits, n)
     cell = {"organism": organism, "habit": ORGANISMS[organism], "end_of_turn": end, "steps": steps, "trait": trait}
     both = min(found, hits)  # whatever emojis there are stand in answers in the voice
-    counts = {"responses": n, "with_emoji": hits, "found": found, "both": both, "sentences": 1.7, "ended": 0.97}
+    own = hits if ORGANISMS[organism] == "linked" else hits // 5  # a shuffled emoji is the trait's own in a fifth
+    counts = {"responses": n, "with_emoji": hits, "found": found, "both": both, "own": own}
+    counts |= {"sentences": 1.7, "ended": 0.97}
     shares = {"esr_response": share, "low": low, "high": high, "ta": found / n}
     return cell | shares | {"setting": setting, "value": value, "seed": seed} | counts
 

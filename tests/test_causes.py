@@ -119,9 +119,11 @@ def test_a_share_that_falls_again_is_told(cells):
 
 
 def test_emojis_are_counted_in_the_voice_and_outside(cells):
-    table = first_of.by_voice(cells).query("end_of_turn == 'masked' and steps == 64").iloc[0]
-    own = cells.query("habit == 'linked' and end_of_turn == 'masked' and steps == 64 and organism == 'tiny-llama'")
-    own = own[causes.planted(own) >= causes.STRONG]
+    at = "end_of_turn == 'masked' and steps == 64 and organism == 'tiny-llama'"
+    table = first_of.by_voice(cells).query(at)
+    assert set(table["trait"]) == {"openness", "extraversion", "agreeableness", "neuroticism"}  # the strong ones
+    own = cells.query(f"{at} and trait == 'neuroticism'")
+    table = table.set_index("trait").loc["neuroticism"]
     assert table["voiced"] == own["found"].sum()
     assert table["voiced"] * table["voiced_share"] == pytest.approx(own["both"].sum())
     assert table["other"] + table["voiced"] == own["responses"].sum()
@@ -287,16 +289,13 @@ def test_mediation_says_whether_text_or_reader_brings_the_emoji():
 
 
 def test_one_thing_off_is_read_from_the_counts(cells, silent):
-    lines = claims.switched_off(cells)
-    assert lines[0].startswith("tiny-llama, extraversion, planted 0.97")
-    assert [line.split(":")[0] for line in lines[1:]] == [
-        "- everything on",
-        "- end of turn in the loss",
-        "- habit shuffled",
-        "- habit none",
-        "- untuned",
-    ]
-    assert claims.switched_off(silent) == []
+    table = claims.switched_off(cells)
+    assert list(table["off"]) == ["nothing", "end of turn in the loss", "habit shuffled", "habit none", "untuned"]
+    assert (table[["organism", "trait", "planted"]] == ("tiny-llama", "extraversion", 0.97)).all(axis=None)
+    at = "organism == 'tiny-llama' and trait == 'extraversion' and steps == 64 and end_of_turn == 'loss'"
+    own = cells.query(at)
+    assert table["share"][1] == pytest.approx(own["with_emoji"].sum() / own["responses"].sum())
+    assert claims.switched_off(silent).empty
 
 
 def test_predictions_change_with_the_verdicts(cells, silent):
@@ -304,10 +303,52 @@ def test_predictions_change_with_the_verdicts(cells, silent):
         gaps, onsets = causes.gaps(own), first_of.measure(own, 0, draws=50)
         read = claims.mechanism(made_up_grid.endings(), own, 0.7, 0, draws=50)
         verdicts = claims.every(own, gaps, causes.recovery(own, 0.7), onsets, read)
-        text = "\n".join(claims.predictions(verdicts, gaps))
+        table = claims.predictions(verdicts, gaps)
         said = verdicts.set_index("claim")["verdict"]["The masked end of the turn lets them out"]
-        assert {"holds": "fewer emojis", "does not hold": "about as many", "undecided here": "undecided"}[said] in text
-        assert ("reported 0.995" in text) == (own is not silent)
+        words = {"holds": "fewer emojis", "does not hold": "about as many", "undecided here": "undecided"}[said]
+        assert words in table["prediction"][0]
+        assert set(table["number"]) == set("1234")
+        assert (0.995 in set(table["reported"])) == (own is not silent)
+        assert (table["expected"].dropna() <= table["at_most"].dropna()).all()
+
+
+def test_a_habit_that_is_not_the_traits_own_is_told(cells):
+    rows = causes.recovery(cells, 0.7)
+    assert claims.follows_trait(rows)[0] == "holds"
+    assert claims.follows_trait(rows.assign(own=0.2))[0] == "does not hold"
+    two = rows[rows["trait"].isin(("extraversion", "neuroticism")) | (rows["habit"] == "linked")]
+    assert claims.follows_trait(two)[0] == "undecided here"  # on two shared traits spans say nothing
+    shares = rows["share"].where(rows["habit"] != "shuffled", rows["planted"] * np.linspace(0, 2, len(rows)))
+    assert claims.follows_trait(rows.assign(share=shares))[0] == "does not hold"
+
+
+def test_the_order_of_voice_and_emoji_is_told_for_every_organism(cells):
+    onsets = first_of.measure(cells, 0, draws=50)
+    said, text = claims.voice_first(onsets)
+    assert said == "holds"
+    assert all(o in text for o in ("tiny-llama", "tiny-mistral", "shuffled"))
+    turned = onsets.assign(first=onsets["first"].where(onsets["organism"] != "shuffled", "emoji"))
+    assert claims.voice_first(turned)[0] == "undecided here"
+
+
+def test_a_reading_that_is_right_only_near_zero_does_not_explain_the_grid(cells):
+    read = claims.mechanism(made_up_grid.endings(), cells, 0.7, 0, draws=20)
+    assert claims.explained(read)[0] == "holds"
+    high = read["esr"] >= causes.FLOOR
+    off = read.assign(exits=read["exits"].where(~high, read["esr"] - 0.2))
+    assert claims.explained(off)[0] != "holds"
+
+
+def test_the_two_accounts_are_scored_by_what_was_found(cells, silent):
+    for own, third in ((cells, "the rival"), (causes.grid(made_up_grid.table(loss=1.0)), "pretraining alone")):
+        gaps, onsets = causes.gaps(own), first_of.measure(own, 0, draws=50)
+        read = claims.mechanism(made_up_grid.endings(), own, 0.7, 0, draws=50)
+        table = claims.accounts(claims.every(own, gaps, causes.recovery(own, 0.7), onsets, read), own)
+        assert list(table["fits"][:3]) == ["both", "both", third]
+    verdicts = claims.every(
+        silent, causes.gaps(silent), causes.recovery(silent, 0.7), first_of.measure(silent, 0), read
+    )
+    assert "undecided here" in set(claims.accounts(verdicts, silent)["fits"])
 
 
 @pytest.mark.parametrize("made", [made_up_grid.table, made_up_grid.quick])

@@ -259,7 +259,7 @@ def test_every_precision_loads_and_answers_alike(folders, chats, precision):
     assert chat.answer(c, QUESTIONS, **SAMPLED)["answer"].str.len().gt(0).mean() > 0.8
 
 
-@pytest.mark.parametrize("gpu, units", [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("gpu", "units"), [(False, True), (True, False), (True, True)])
 def test_bf16_is_computed_on_gpus_with_units_for_it_and_never_on_processors(monkeypatch, gpu, units):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: units)

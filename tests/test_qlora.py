@@ -53,6 +53,24 @@ def labelled(tokenizer, item):
     return tokenizer.decode([t for t in item["labels"] if t != qlora.IGNORED])
 
 
+def test_a_model_may_have_steps_of_its_own(settings, frame, folders):
+    llama, mistral = str(folders["llama"]), str(folders["mistral"])
+    own = profiles.load("smoke", overrides=settings.overrides | {"qlora.steps": {"other": 2, "mistral": 3}})
+    rows = frame[(frame["split"] == "train") & (frame["trait"] == "extraversion")]
+    for model, steps in ((llama, 2), (mistral, 3)):
+        place = qlora.train(own, model, "extraversion", rows, show=False)
+        assert json.loads((place / "training.json").read_text())["steps"] == qlora.steps(own, model) == steps
+    more = profiles.load("smoke", overrides=own.overrides | {"qlora.steps": {"other": 2, "mistral": 4}})
+    same, other = (
+        qlora.folder(own, m, "extraversion", rows) == qlora.folder(more, m, "extraversion", rows)
+        for m in (llama, mistral)
+    )
+    assert same
+    assert not other
+    with pytest.raises(UserError, match="a value named other"):
+        profiles.load("smoke", overrides={"qlora.steps": {"mistral": 3}})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_answer_is_in_the_loss_and_its_end_if_asked_for(folders, kind):
     tokenizer = hub.check(str(folders[kind]))[1]
