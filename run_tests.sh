@@ -4,8 +4,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./make_env.sh
-export HF_HUB_OFFLINE=1 # no test needs the network
+export HF_HUB_OFFLINE=1   # no test needs the network
+export OMP_NUM_THREADS=1 # two processes with two threads each would wait for one another
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -44,20 +44,31 @@ class Memory:
         return self
 
     def _watch(self):
-        me = psutil.Process()
-        while not self._stop.wait(0.5):
-            total = 0
-            for child in me.children(recursive=True):
-                try:
-                    facts = child.memory_full_info()
-                    total += getattr(facts, "pss", facts.rss)
-                except psutil.Error:  # it ended between listing and reading
-                    continue
-            self.peak = max(self.peak, total)
+        me, most = psutil.Process(), 0
+        while not self._stop.wait(0.2):
+            children = me.children(recursive=True)
+            total = sum(_of(c, lambda c: c.memory_info().rss) for c in children)
+            if total > most:  # what is shared is counted apart, which takes longer
+                most = total
+                self.peak = max(self.peak, sum(_of(c, _own_memory) for c in children))
 
     def __exit__(self, *_):
         self._stop.set()
         self._thread.join()
+
+
+def _own_memory(process):
+    """Bytes of a process, of what it shares with others only its part; where that is not known, all of it."""
+    facts = process.memory_full_info()
+    return getattr(facts, "pss", facts.rss)
+
+
+def _of(process, read):
+    """What `read` finds of a process; 0 where it ended since it was listed."""
+    try:
+        return read(process)
+    except psutil.Error:
+        return 0
 
 
 def _clock(seconds):

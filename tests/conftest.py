@@ -10,6 +10,12 @@ import pytest
 
 from lib import paths
 
+
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that the others run beside it."""
+    items.sort(key=lambda item: item.path.name != "test_run.py")
+
+
 REAL = paths.ROOT.parent / "shared" / "real"
 
 

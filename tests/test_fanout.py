@@ -57,14 +57,15 @@ def test_a_process_that_is_killed_is_told_and_not_waited_for():
         fanout.run(die, range(2), 2, show=False)
 
 
-def multiply(n):
+def multiply(n, threads=1):
     import torch
 
+    torch.set_num_threads(threads)
     return float((torch.ones(n, n) @ torch.ones(n, n)).sum())
 
 
 def test_copies_can_compute_after_this_process_has_with_many_threads():
-    assert multiply(300) == 300**3
+    assert multiply(300, threads=2) == 300**3
     assert fanout.run(multiply, [300, 300], 2, show=False) == [300**3] * 2
 
 

@@ -15,6 +15,7 @@ import pytest
 from lib import paths, profiles, steps
 
 ONCE = 900  # seconds a smoke run may take on a slow machine before it counts as hanging
+pytestmark = pytest.mark.timeout(ONCE + 60)
 
 
 @pytest.fixture(scope="module")
