@@ -101,7 +101,8 @@ def pretraining(cells):
     worst, best = none.loc[none["esr_response"].idxmax()], linked.loc[linked["esr_response"].idxmax()]
     holds = worst["esr_response"] <= 0.01 and best["low"] > 0.05
     text = (
-        f"Habit none: at most {worst['esr_response']:.3f} in {len(none)} cells (upper limit {worst['high']:.3f}); "
+        f"Habit none: at most {worst['esr_response']:.3f} in {len(none)} cells "
+        f"(upper limit at most {none['high'].max():.3f}); "
         f"linked, masked: up to {best['esr_response']:.2f} ({best['organism']}, {best['trait']})."
     )
     return verdict(holds, worst["low"] > 0.01 or linked["high"].max() <= 0.05), text
@@ -207,11 +208,11 @@ def _order(organism, onsets):
 def amplified(table):
     """ "Tuning amplifies the emoji": (verdict, sentence). table: as from `mechanism`.
 
-    The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over cells with a
-    `causes.strong` habit where one of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most,
-    fails if clearly in none.
+    The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over linked (or unknown)
+    cells where one of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most, fails if clearly
+    in none.
     """
-    wide = table[causes.strong(table)].set_index(["organism", "trait", "state"])
+    wide = table[table["habit"].isin(("linked", "unknown"))].set_index(["organism", "trait", "state"])
     both = [wide.xs(s, level="state") for s in ("base", "masked") if s in wide.index.get_level_values("state")]
     if len(both) < 2:
         return VERDICTS[2], "The readings of the untuned or of the tuned model are missing."
@@ -221,11 +222,8 @@ def amplified(table):
         return VERDICTS[2], "Neither model gives an emoji .05 after these texts."
     up = (pair["p_emoji_low_masked"] > pair["p_emoji_high_base"]).sum()
     down = (pair["p_emoji_high_masked"] < pair["p_emoji_low_base"]).sum()
-    text = (
-        f"After the same texts an emoji gets {pair['p_emoji_base'].mean():.2f} from the untuned and "
-        f"{pair['p_emoji_masked'].mean():.2f} from the tuned model on average; clearly more after tuning in {up} of "
-        f"{len(pair)} cells, clearly less in {down}."
-    )
+    text = f"After the same texts an emoji gets clearly more from the tuned than from the untuned model in {up} of "
+    text += f"{len(pair)} cells, clearly less in {down}."
     return verdict(up > len(pair) / 2, up == 0), text
 
 

@@ -13,7 +13,7 @@ from itertools import permutations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
+from scipy.stats import rankdata, spearmanr
 
 from lib import answers, big5, emojis, intervals, paths
 from lib.errors import UserError
@@ -214,11 +214,13 @@ def recovery(esr, found):
 
 
 def rank_agreement(one, other):
-    """Spearman's rank correlation with its exact two-sided p-value over all orders: (rho, p). For up to 8 pairs."""
+    """Spearman's rank correlation with its two-sided p-value: (rho, p), exact over all orders for up to 8 pairs."""
     one, other = rankdata(one), rankdata(other)
     if len(one) < 3 or len(set(one)) == 1 or len(set(other)) == 1:
         return float("nan"), float("nan")
     rho = np.corrcoef(one, other)[0, 1]
+    if len(one) > 8:
+        return round(float(rho), 9), float(spearmanr(one, other).pvalue)
     every = [np.corrcoef(one, order)[0, 1] for order in permutations(other)]
     return round(float(rho), 9), float(np.mean(np.abs(every) >= abs(rho) - 1e-12))
 

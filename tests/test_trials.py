@@ -22,7 +22,7 @@ def test_every_seed_has_every_habit_end_of_turn_and_trait(full):
     assert len(linked) == 2 * 5 * 3
     for habit in ("shuffled", "none"):
         own = {(c.end_of_turn, c.trait, c.seed) for c in grid if c.habit == habit}
-        assert own == {x for x in linked if x[1] in ("extraversion", "neuroticism")}
+        assert own == {x for x in linked if x[1] in ("openness", "extraversion", "neuroticism")}
 
 
 def test_a_sweep_changes_one_setting_and_leaves_out_the_grids_own_value(full):
