@@ -142,7 +142,7 @@ HEADERS = {
     "08_emoji_probability.csv": "model,trait,prompt,emoji,before,after",
     "08_mediation.csv": "model,trait,text,reader,p_emoji,p_emoji_low,p_emoji_high,p_end,p_sentence",
     "09_quick_origins.csv": "organism,habit,end_of_turn,steps,trait,esr_response,low,high,ta,setting,value,seed,"
-    "responses,with_emoji,found,both,sentences,ended",
+    "responses,with_emoji,found,both,own,sentences,ended",
     "08_interventions.csv": "model,trait,intervention,neurons,k,esr_response,low,high,perplexity",
     "07_top_tokens.csv": "model,trait,token,count,is_emoji",
     "05_alignment.csv": "model,method,trait,n,ta,ta_low,ta_high,pae,es,dd,tpei,coherent",
