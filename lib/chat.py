@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from lib import emojis, hardware, hub
+from lib import cache, emojis, hardware, hub
 from lib.errors import UserError
 
 WORTH = 64  # tokens that the rows of a batch must begin with alike to be worth reading once
@@ -223,7 +223,7 @@ def answer(
         for chosen in _batches(rows, batch_size):
             draws = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens) for i in chosen])
             own = [rows[i] for i in chosen]
-            part = _decode(chat, own, torch.from_numpy(draws), temperature, top_p, bar, _shared(own) if share else 0)
+            part = _decode(chat, own, torch.from_numpy(draws), temperature, top_p, bar, share)
             for i, result in zip(chosen, part, strict=True):
                 found[i] = result
     texts = chat.tokenizer.batch_decode([ids for ids, _ in found], skip_special_tokens=True) if found else []
@@ -297,14 +297,14 @@ def _positions(mask):
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _forward(chat, ids, mask, positions, cache=None, **more):
+def _forward(chat, ids, mask, positions, kept=None, **more):
     """Scores of the next token (rows, vocabulary) in fp32, and the model's output."""
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # a number would leave a view, which multiplies slowly
     extra = {"position_ids": positions, "logits_to_keep": last, **more}
     extra = {k: v for k, v in extra.items() if k in chat.arguments}
-    output = chat.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **extra)
+    output = chat.model(input_ids=ids, attention_mask=mask, past_key_values=kept, **extra)
     scores = output.logits[:, -1].float()
-    if cache is None:
+    if kept is None:
         _check_scores(chat, scores)
     return scores, output
 
@@ -325,54 +325,56 @@ def _shared(rows):
     return same if len(rows) > 1 and same >= WORTH and fits else 0
 
 
-def _begin(chat, rows, shared):
-    """Ids to read first and their mask, both padded on the left, and a cache of `shared` tokens read once for all rows.
+def _read(chat, rows, alike):
+    """What comes before an answer: scores of each row's next token, a cache of all tokens, and the mask.
 
-    Every row's last tokens are read by themselves, as many for each as the longest row has beyond the shared ones. So a
-    row's padding stands at its beginning, where a sliding window looks last.
+    alike: read what all rows begin with once. Mask: (rows, longest), of rows padded on the left.
     """
     ids, mask = _padded(chat, rows)
-    if not shared:
-        return ids, mask, None
-    from transformers import DynamicCache
-
-    own = ids[:, shared:]
-    once = torch.tensor([rows[0][:shared]], device=ids.device)
-    cache, every = DynamicCache(), torch.ones_like(once)  # one made by a model with a sliding window would forget
-    _check_scores(chat, _forward(chat, once, every, _positions(every), cache, use_cache=True)[0])
-    places = _positions(mask)[:, :shared]
-    for layer in cache.layers:
-        layer.keys, layer.values = (kept[0][:, places].transpose(0, 1) for kept in (layer.keys, layer.values))
-    return own, mask, cache
+    positions, once, shared = _positions(mask), None, _shared(rows) if alike else 0
+    if shared:  # padding then stands at a row's beginning, where a sliding window looks last
+        once = cache.repeated(_once(chat, rows[0][:shared]), positions[:, :shared])
+    scores, output = _forward(chat, ids[:, shared:], mask, positions[:, shared:], once, use_cache=True)
+    return scores, output.past_key_values, mask
 
 
-def _decode(chat, rows, draws, temperature, top_p, bar, shared=0):
+def _once(chat, ids):
+    """A cache of a single row of token ids, of which none is dropped."""
+    ids, read = torch.tensor([ids], device=chat.model.device), cache.DynamicCache()
+    mask = torch.ones_like(ids)
+    _check_scores(chat, _forward(chat, ids, mask, _positions(mask), read, use_cache=True)[0])
+    return read
+
+
+def _decode(chat, rows, draws, temperature, top_p, bar, alike=False):
     """Continue rows of token ids until each has ended: list of (new ids without the end, ended).
 
-    draws: (rows, new tokens at most), uniform numbers in [0, 1). shared: as `_shared`, tokens read once for all rows.
-    A row that has ended leaves the batch.
+    draws: (rows, new tokens at most), uniform numbers in [0, 1). alike: as `_read`. A row that has ended leaves the
+    batch.
     """
-    ids, mask, cache = _begin(chat, rows, shared)
-    draws = draws.to(ids.device)
-    width, limit = mask.shape[1], draws.shape[1]
+    scores, kept, mask = _read(chat, rows, alike)
+    draws, (width, limit) = draws.to(mask.device), (mask.shape[1], draws.shape[1])
+    cache.make_room(kept, limit)
     mask = torch.cat([mask, mask.new_ones(len(rows), limit)], 1)
-    positions = _positions(mask[:, :width])[:, shared:]
-    alive = torch.arange(len(rows), device=ids.device)
-    new, length = ids.new_zeros(len(rows), limit), torch.full_like(alive, limit)
+    positions = mask[:, :width].sum(1, keepdim=True)
+    alive = torch.arange(len(rows), device=mask.device)
+    new, length = mask.new_zeros(len(rows), limit), torch.full_like(alive, limit)
     for step in range(limit):
-        scores, output = _forward(chat, ids, mask[:, : width + step], positions, cache, use_cache=True)
-        cache, token = output.past_key_values, _choose(scores, draws[alive, step], temperature, top_p)
+        token = _choose(scores, draws[alive, step], temperature, top_p)
         new[alive, step] = token
         ended = torch.isin(token, chat.ends)
-        ids, positions = token[:, None], positions[:, -1:] + 1
         if count := int(ended.sum()):
             bar.update(count)
             length[alive[ended]] = step
             if count == len(alive):
                 break
-            keep = (~ended).nonzero().squeeze(1)
-            cache.reorder_cache(keep)
-            alive, ids, positions, mask = alive[keep], ids[keep], positions[keep], mask[keep]
+            keep = cache.staying(ended)
+            kept.reorder_cache(keep)
+            alive, token, positions, mask = alive[keep], token[keep], positions[keep], mask[keep]
+        if step + 1 < limit:
+            own = mask[:, : width + step + 1]
+            scores, output = _forward(chat, token[:, None], own, positions + step, kept, use_cache=True)
+            kept = output.past_key_values
     else:
         bar.update(len(alive))
     return [(row[:n], n < limit) for row, n in zip(new.tolist(), length.tolist(), strict=True)]

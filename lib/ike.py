@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lib import answers, artifacts, big5, chat, classifier, encoders, hub, opinions, paths, qlora
+from lib import answers, artifacts, big5, cache, chat, classifier, encoders, hub, opinions, paths, qlora
 from lib.errors import UserError
 
 PROMPTS = paths.ROOT / "data" / "prompts"
@@ -215,7 +215,8 @@ def sensitivity(settings, model, rows, train, judge, show=True):
 
         def make(put=put):
             loaded[:] = loaded or [chat.load(model, settings.chat.precision)]
-            return ask(settings, loaded[0], "ike", rows, put, show=False)
+            own = rows.assign(put=put).groupby("trait", sort=False)  # fixed demonstrations of a trait are read once
+            return pd.concat([ask(settings, loaded[0], "ike", r, list(r["put"]), show=False) for _, r in own])
 
         given = _keep(settings, model, [identity, put], make)
         parts.append(given.assign(wording=w, demonstrations=kind))
@@ -249,7 +250,7 @@ def seeds(settings, model, rows, train, judge, show=True):
 def _keep(settings, model, what, make):
     """The answers that `make()` gives, or those kept earlier. what: all that shapes them beside chat and seed."""
     shaped = settings.chat.model_dump(mode="json", exclude={"models"})
-    mark = artifacts.fingerprint(what, shaped, settings.seed, chat, hub, qlora)
+    mark = artifacts.fingerprint(what, shaped, settings.seed, cache, chat, hub, qlora)
     place = paths.RESULTS / settings.profile / f"sensitivity-{hub.label(model)}-{mark}"
     return answers.load(artifacts.build(place, lambda tmp: artifacts.write_csv(make(), tmp / "answers.csv")))
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from lib import artifacts, chat, emojis, hub, intervals, likelihood, mediation, neurons, paths, ratios
+from lib import artifacts, cache, chat, emojis, hub, intervals, likelihood, mediation, neurons, paths, ratios
 from lib.errors import UserError
 
 DIRECTIONS = ("off", "on")
@@ -147,11 +147,15 @@ class Caches:
     other: object
     masks: dict
 
+    @property
+    def parts(self):
+        """The caches of transformers that there are: of the recipient, and of the donor where it is read as well."""
+        return [part for part in (self.own, self.other) if part is not None]
+
     def reorder_cache(self, keep):
         """Keep some rows, as transformers' caches do."""
-        for cache in (self.own, self.other):
-            if cache is not None:
-                cache.reorder_cache(keep)
+        for part in self.parts:
+            part.reorder_cache(keep)
         self.masks = {n: mask[keep] for n, mask in self.masks.items()}
 
 
@@ -172,16 +176,16 @@ class Patched:
         return getattr(self.recipient.model, name)
 
     def __call__(self, past_key_values=None, **given):
-        cache = past_key_values or Caches(None, None, self._begin(len(given["input_ids"])))
+        kept = past_key_values or Caches(None, None, self._begin(len(given["input_ids"])))
         held, other = {}, None
-        if cache.masks:
-            keep = {n: lambda x, n=n: held.__setitem__(n, x) for n in cache.masks}
+        if kept.masks:
+            keep = {n: lambda x, n=n: held.__setitem__(n, x) for n in kept.masks}
             with neurons.hooked(self.donor, self.site, keep):
-                other = self.donor.model(past_key_values=cache.other, **given).past_key_values
-        patch = {n: lambda x, n=n: torch.where(cache.masks[n][:, None], held[n].to(x.dtype), x) for n in cache.masks}
+                other = self.donor.model(past_key_values=kept.other, **given).past_key_values
+        patch = {n: lambda x, n=n: torch.where(kept.masks[n][:, None], held[n].to(x.dtype), x) for n in kept.masks}
         with neurons.hooked(self.recipient, self.site, patch):
-            output = self.recipient.model(past_key_values=cache.own, **given)
-        output.past_key_values = Caches(output.past_key_values, other, cache.masks)
+            output = self.recipient.model(past_key_values=kept.own, **given)
+        output.past_key_values = Caches(output.past_key_values, other, kept.masks)
         return output
 
     def _begin(self, count):
@@ -316,7 +320,7 @@ def folder(settings, model, trait, adapter, train, test):
     values = {s: getattr(settings, s).model_dump(mode="json") for s in ("interventions", "chat")}
     for section, key in (("chat", "models"), ("interventions", "traits")):
         values[section].pop(key)
-    code = interventions, neurons, mediation, likelihood, emojis, chat, hub
+    code = cache, chat, emojis, hub, interventions, likelihood, mediation, neurons
     mark = artifacts.fingerprint(values, settings.seed, Path(adapter).name, hub.identity(model), train, test, *code)
     return paths.RESULTS / settings.profile / f"interventions-{hub.label(model)}-{trait}-{mark}"
 

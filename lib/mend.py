@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from lib import answers, artifacts, big5, chat, classifier, hub, opinions, paths, qlora
+from lib import answers, artifacts, big5, cache, chat, classifier, hub, opinions, paths, qlora
 from lib.errors import UserError
 
 MEASURES = ("edit", "unlikelihood", "locality", "before", "after")  # of one item, each a mean over tokens
@@ -291,7 +291,7 @@ def folder(settings, model, frame):
 
     digest = artifacts.fingerprint(_train_rows(frame)[["trait", "topic", "question", "answer"]].to_csv(index=False))
     values = [settings.mend.model_dump(mode="json"), settings.seed, digest, hub.identity(model)]
-    mark = artifacts.fingerprint(values, mend, qlora, chat, hub, classifier)
+    mark = artifacts.fingerprint(values, cache, chat, classifier, hub, mend, qlora)
     return paths.RESULTS / settings.profile / f"editor-{hub.label(model)}-{mark}"
 
 
@@ -557,7 +557,7 @@ class _Cache(DynamicCache):
     def reorder_cache(self, keep):
         super().reorder_cache(keep)
         for name, (keys, values) in self.edits.items():
-            self.edits[name] = keys[keep], values[keep]
+            self.edits[name] = cache.only(keys, keep), cache.only(values, keep)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from lib import answers, artifacts, big5, chat, classifier, emojis, finetune, hardware, hub, paths
+from lib import answers, artifacts, big5, cache, chat, classifier, emojis, finetune, hardware, hub, paths
 from lib.errors import UserError
 
 IGNORED = -100  # a label that the loss leaves out
@@ -169,7 +169,7 @@ def folder(settings, model, trait, rows):
 def _code():
     from lib import qlora
 
-    return qlora, chat, hub, finetune
+    return cache, chat, finetune, hub, qlora
 
 
 def train(settings, model, trait, rows, show=True):

@@ -166,7 +166,7 @@ def folder(settings, cell):
     values += [g.points, settings.origins.topics, cell.end_of_turn and swept_answers(settings, cell)]
     model = settings.origins.models[cell.habit]
     judge = classifier.folder("encoder", settings, classifier.read_opinions(settings)[0], settings.seed).name
-    code = [artifacts.code(m) for m in ("qlora", "chat", "hub", "finetune")]
+    code = [artifacts.code(m) for m in ("cache", "chat", "hub", "finetune", "qlora")]
     mark = artifacts.fingerprint(values, hub.identity(model), opinions.fingerprint(settings), judge, code, trials)
     tuned = cell.end_of_turn or "base"
     return paths.RESULTS / settings.profile / f"origin-{hub.label(model)}-{tuned}-{cell.trait}-{cell.seed}-{mark}"

@@ -16,7 +16,7 @@ ROWS = [
     ["errors", "paths", "big5", "profiles"],
     ["artifacts", "intervals", "style", "gallery", "fanout", "hardware"],
     ["emojis", "opinions", "voices", "lexicon", "encoders", "hub", "answers", "endpoint"],
-    ["tfidf", "finetune", "classifier", "chat", "organisms"],
+    ["tfidf", "finetune", "classifier", "cache", "chat", "organisms"],
     ["qlora", "ike", "mend"],
     ["likelihood", "trials"],
     ["units", "neurons"],
