@@ -46,7 +46,7 @@ def once(settings, model, rows, plain):
     )
     collate = Fixed(loaded.pad, q.max_tokens) if plain else qlora.Collator(loaded.pad)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = qlora.arguments(settings, len(fit), folder)
+        arguments = qlora.arguments(settings, model, len(fit), folder)
         arguments.eval_strategy, arguments.eval_on_start, arguments.save_strategy = "no", False, "no"
         arguments.train_sampling_strategy = "random" if plain else "group_by_length"
         arguments.include_num_input_tokens_seen = "non_padding"

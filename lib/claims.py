@@ -122,13 +122,13 @@ def follows_trait(table):
         return VERDICTS[2], f"Only {len(linked)} linked cells here, or all alike: too few for an order."
     rho, p = ratios.rank_agreement(linked["planted"], linked["share"])
     own = linked.loc[linked["planted"] >= causes.STRONG, "own"].min()
-    text = f"Spearman of planted and recovered {rho:.2f} over {len(linked)} cells (exact p = {p:.3f}); "
+    text = f"Spearman of planted and recovered {rho:.2f} over {len(linked)} cells (p = {p:.3f}); "
     text += f"of the emojis of strong habits {own:.2f} or more are the trait's own"
     both = [t for t in dict.fromkeys(linked["trait"]) if t in set(shuffled["trait"])]
     wide, narrow = (np.ptp(part.loc[part["trait"].isin(both), "share"]) if both else 0 for part in (linked, shuffled))
     compared = len(both) >= 3
-    text += f"; on the same {len(both)} traits the linked shares span {wide:.2f}, the shuffled ones {narrow:.2f}."
-    text = text if compared else text.replace("span", "(too few to compare) span")
+    few = "" if compared else " (too few to compare)"
+    text += f"; on the same {len(both)} traits{few} the linked shares span {wide:.2f}, the shuffled ones {narrow:.2f}."
     holds = rho >= 0.8 and own >= 0.8 and compared and narrow < wide
     return verdict(holds, rho < 0.3 or own < 0.5 or (compared and narrow >= wide)), text
 
@@ -162,7 +162,8 @@ def closed_exit(gaps):
     Over the same trainings as `end_of_turn`: holds if the share left (in the loss / masked) is at most .2 in every pair
     whose masked share is at least .2; fails if it is more than .5 in most.
     """
-    every, own = telling(gaps), telling(gaps).query("masked >= 0.2")
+    every = telling(gaps)
+    own = every.query("masked >= 0.2")
     if own.empty:
         return VERDICTS[2], "No masked training with an emoji share of .2 or more in this grid."
     left = own["loss"] / own["masked"]

@@ -16,16 +16,6 @@ from lib.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-
-
-def _by_model(value):
-    """{model: value} of a value for all models or of such a table, which must say what any other model takes."""
-    table = value if isinstance(value, dict) else {"other": value}
-    if "other" not in table:
-        raise ValueError("a table needs a value named other, for all models without one of their own")
-    return table
-
-
 Demonstrations = Annotated[str, Field(pattern=r"^(fixed(-[1-9][0-9]*)?|random|nearest)$")]
 
 
@@ -34,6 +24,14 @@ def _listed(value):
 
 
 Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+
+
+def _by_model(value):
+    """{model: value} of a value for all models or of such a table, which must say what any other model takes."""
+    table = value if isinstance(value, dict) else {"other": value}
+    if "other" not in table:
+        raise ValueError("a table needs a value named other, for all models without one of their own")
+    return table
 
 
 class Section(BaseModel):

@@ -214,7 +214,7 @@ def fit(settings, model, rows, work, target, progress):
     ]
     trainer = Trainer(
         tuned,
-        arguments(settings, steps(settings, model), len(parts[0]), work),
+        arguments(settings, model, len(parts[0]), work),
         train_dataset=parts[0],
         eval_dataset=parts[1],
         data_collator=Collator(loaded.pad),
@@ -228,22 +228,21 @@ def fit(settings, model, rows, work, target, progress):
     (Path(target) / "training.json").write_text(json.dumps(facts, indent=1), "utf-8")
 
 
-def arguments(settings, most, rows, work):
-    """TrainingArguments of a profile's settings, for `most` optimiser steps unless the epochs end first."""
-    q = settings.qlora
-    steps = min(most, int(np.ceil(q.epochs * rows / (q.batch_size * q.accumulation))))
-    gpu = torch.cuda.is_available()
-    often = max(1, steps // 20)
+def arguments(settings, model, rows, work):
+    """TrainingArguments of a profile's settings, for the `steps` of a model unless the epochs end first."""
+    q, gpu = settings.qlora, torch.cuda.is_available()
+    most = min(steps(settings, model), int(np.ceil(q.epochs * rows / (q.batch_size * q.accumulation))))
+    often = max(1, most // 20)
     return TrainingArguments(
         str(work),
-        max_steps=steps,
+        max_steps=most,
         per_device_train_batch_size=q.batch_size,
         per_device_eval_batch_size=q.batch_size,
         gradient_accumulation_steps=q.accumulation,
         activation_checkpointing=q.gradient_checkpointing,
         learning_rate=q.learning_rate,
         lr_scheduler_type=q.schedule,
-        warmup_steps=round(q.warmup_share * steps),
+        warmup_steps=round(q.warmup_share * most),
         weight_decay=q.weight_decay,
         max_grad_norm=q.max_grad_norm,
         optim=q.optimizer if gpu or "8bit" not in q.optimizer else "adamw_torch",  # 8-bit optimisers need a GPU
