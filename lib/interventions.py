@@ -210,7 +210,8 @@ def answer(recipient, donor, site, questions, units, seed, show=False, **how):
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # as chat.answer takes them into batches
     patched = Patched(recipient, donor, site, [units[i] for i in order])
     speaker = chat.Chat(patched, recipient.tokenizer, recipient.name)
-    given = chat.answer(speaker, [questions[i] for i in order], seed=seed, show=show, **how)
+    with chat.unpacked(donor.model):  # chat.answer unpacks the recipient's
+        given = chat.answer(speaker, [questions[i] for i in order], seed=seed, show=show, **how)
     return pd.Series(list(given["answer"]), index=order).sort_index().tolist()
 
 
