@@ -300,10 +300,11 @@ def test_sensitivity_is_the_share_found_under_each_prompt_and_is_kept_prompt_by_
     real, asked = ike.ask, []
 
     def counting(settings, loaded, method, some, put, show=True):
-        if len(asked) == 2:
+        if len(asked) == 2 * len(TRAITS):  # each prompt asks trait by trait
             asked.append("interrupted")
             raise KeyboardInterrupt
         asked.append(put)
+        assert some["trait"].nunique() == 1
         return real(settings, loaded, method, some, put, show)
 
     monkeypatch.setattr(ike, "ask", counting)
@@ -311,12 +312,15 @@ def test_sensitivity_is_the_share_found_under_each_prompt_and_is_kept_prompt_by_
         ike.sensitivity(running, model, test, train, Judge(), show=False)
     table = ike.sensitivity(running, model, test, train, Judge(), show=False)
     made = [a for a in asked if a != "interrupted"]
-    assert len(made) == 4  # two wordings by two sets, none of them made twice
-    assert len({tuple(a) for a in made}) == 4
+    assert len(made) == 4 * len(TRAITS)  # two wordings by two sets, none of them made twice
+    assert len({tuple(a) for a in made}) == len(made)
     assert list(table.columns) == [*ike.KEYS, "n", "ta"]
     assert len(table) == 4 * len(TRAITS)
     assert set(table["n"]) == {2}
-    first = real(running, chat.load(model, "fp32"), "ike", ike.limited(running, test), made[0], show=False)
+    loaded, some = chat.load(model, "fp32"), ike.limited(running, test)
+    parts = [own for _, own in some.groupby("trait", sort=False)]
+    first = [real(running, loaded, "ike", own, put, show=False) for own, put in zip(parts, made, strict=False)]
+    first = pd.concat(first, ignore_index=True)
     hits = [len(a) % 2 == TRAITS.index(t) for a, t in zip(first["answer"], first["trait"], strict=True)]
     expected = pd.Series(hits).groupby(first["trait"]).mean()
     own = table[(table["wording"] == 0) & (table["demonstrations"] == "fixed")].set_index("trait")["ta"]
