@@ -253,9 +253,13 @@ def test_a_failing_cell_shows_its_own_error_and_keeps_the_notebook(smoke):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopping_leaves_nothing_that_is_trusted(smoke, how):
-    place = smoke[0]
+    place, until = smoke[0], time.monotonic() + 120
+    record = place / "results" / "smoke" / "01_dataset.json"
+    assert record.exists()
     process = start(place, "--profile", "smoke", "--only", "01", "--fresh", start_new_session=True)
-    time.sleep(6)
+    while record.exists() and time.monotonic() < until:  # imports take their time
+        time.sleep(0.2)
+    time.sleep(2)  # into the notebook
     if how == signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does
     else:
