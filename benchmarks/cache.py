@@ -18,15 +18,17 @@ QUESTIONS = 100
 
 def measure(plain):
     """Print the seconds that answers to each kind of prompt take, and the answers, as JSON."""
-    before, sys.platform = sys.platform, "none" if plain else sys.platform  # lib asks for memory where it knows how
-    from lib import cache, chat, ike, opinions, profiles
+    before, sys.platform = sys.platform, "none" if plain else sys.platform
+    import lib  # noqa: F401  it sees to memory at once, on the platforms that it knows
 
     sys.platform = before
-    if plain:
-        cache.make_room = lambda kept, tokens: None
     import torch
 
+    from lib import cache, chat, ike, opinions, profiles
+
     torch.set_num_threads(1)
+    if plain:
+        cache.make_room = lambda kept, tokens: None
     settings = profiles.load("tiny")
     frame = opinions.load(settings.opinions)
     test, train = (frame[frame["split"] == s] for s in ("test", "train"))

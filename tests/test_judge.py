@@ -1,5 +1,6 @@
 """The judge: in range, in order, valid on unseen texts; and an endpoint that is down, slow, rude or talks nonsense."""
 
+import contextlib
 import json
 import os
 import re
@@ -63,12 +64,11 @@ class Server:
                     server.most = max(server.most, server.running)
                 try:
                     done = act(text, nth)
-                    self.send(*done) if isinstance(done, tuple) else done(self)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
                 finally:
-                    with lock:
+                    with lock:  # before the reply is sent: once it is read, the next call may be here at once
                         server.running -= 1
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self.send(*done) if isinstance(done, tuple) else done(self)
 
             def send(self, status, headers, content):
                 self.send_response(status)
