@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from lib import gallery, opinions, paths, profiles, steps
+from lib import gallery, kernels, opinions, paths, profiles, steps
 from lib.errors import UserError
 
 PARAMETERS = ("profile", "seed", "overrides")
@@ -35,7 +35,10 @@ def notebooks(only=None):
 
 
 class Memory:
-    """Peak memory of this process's children, sampled; on Linux what they share is counted once."""
+    """Peak memory of this process's children, sampled; on Linux what they share is counted once.
+
+    Once a second: listing processes takes time that two busy cores do not have.
+    """
 
     def __enter__(self):
         self.peak, self._stop = 0, threading.Event()
@@ -45,7 +48,7 @@ class Memory:
 
     def _watch(self):
         me, most = psutil.Process(), 0
-        while not self._stop.wait(0.2):
+        while not self._stop.wait(1):
             children = me.children(recursive=True)
             total = sum(_of(c, lambda c: c.memory_info().rss) for c in children)
             if total > most:  # what is shared is counted apart, which takes longer
@@ -82,11 +85,14 @@ def _bar():
         "{task.completed:>3.0f}/{task.total:.0f} cells",
     )
     text = [c if isinstance(c, BarColumn) else TextColumn(c) for c in columns]
-    return Progress(*text, TextColumn("{task.fields[clock]}"), console=console)
+    return Progress(*text, TextColumn("{task.fields[clock]}"), console=console, refresh_per_second=2)
 
 
-def execute(path, settings, expected):
-    """Run one notebook through papermill with a live line; returns its record. Raises papermill's error."""
+def execute(path, settings, expected, **how):
+    """Run one notebook through papermill with a live line; returns its record. Raises papermill's error.
+
+    how: further options of nbclient.
+    """
     import papermill
     from papermill.engines import NBClientEngine, papermill_engines
 
@@ -134,7 +140,8 @@ def execute(path, settings, expected):
                 progress_bar=False,
                 log_output=False,
                 request_save_on_cell_execute=False,
-                extra_arguments=["--log-level=ERROR"],  # the kernel talks to this machine only; no need to warn
+                extra_arguments=["--log-level=CRITICAL"],  # it talks to this machine only, and is interrupted when done
+                **how,
             )
         finally:
             clock.set()
@@ -220,7 +227,7 @@ def run(argv):
 def _run_all(settings, chosen):
     from papermill.exceptions import PapermillExecutionError
 
-    rows, code = [], 0
+    rows, code, how = [], 0, {}
     for path in chosen:
         record = steps.finished(path, settings)
         if record:
@@ -228,7 +235,9 @@ def _run_all(settings, chosen):
             rows.append(_row(path.stem, record, "reused"))
             continue
         try:
-            record = execute(path, settings, steps.expected(path, settings))
+            ready = path != chosen[-1] and kernels.prepare()  # while this one runs, for those that follow
+            record = execute(path, settings, steps.expected(path, settings), **how)
+            how = {"kernel_manager_class": kernels.Copied} if ready else how
             rows.append(_row(path.stem, record, "made"))
         except PapermillExecutionError as error:
             code = _explain(error, path, settings)
