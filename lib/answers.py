@@ -21,9 +21,14 @@ METHODS = ("base", "prompt", "ike", "mend", "peft")
 # of each method: the notebook that makes its answers; the settings, modules and files of data/prompts that shape them
 MAKERS = {
     "base": ("03_qlora", ("chat",), ("cache", "chat", "hub"), ()),
-    "prompt": ("04_baselines", ("chat", "ike"), ("cache", "chat", "hub", "ike"), ("personas.toml",)),
-    "ike": ("04_baselines", ("chat", "ike"), ("cache", "chat", "hub", "ike", "encoders"), ("ike.toml",)),
-    "mend": ("04_baselines", ("chat", "mend"), ("cache", "chat", "hub", "classifier", "qlora", "mend"), ()),
+    "prompt": ("04_baselines", ("chat", "baselines", "ike"), ("cache", "chat", "hub", "ike"), ("personas.toml",)),
+    "ike": ("04_baselines", ("chat", "baselines", "ike"), ("cache", "chat", "hub", "ike", "encoders"), ("ike.toml",)),
+    "mend": (
+        "04_baselines",
+        ("chat", "baselines", "mend"),
+        ("cache", "chat", "hub", "classifier", "qlora", "mend"),
+        (),
+    ),
     "peft": ("03_qlora", ("chat", "qlora"), ("cache", "chat", "hub", "finetune", "qlora"), ()),
 }
 

@@ -213,15 +213,16 @@ def answer(
     with only once, where that is long and the model in fp32; not for one that treats its rows differently. show: a
     progress bar.
 
-    Row i draws from a generator seeded by (seed, i), and padding is masked, so batch_size changes an answer only
-    where rounding does: hardly ever in fp32, now and then in bf16 (see `computing`).
+    Row i draws from a generator seeded by (seed, i), or by seed[i] where seed is a list, and padding is masked, so
+    batch_size changes an answer only where rounding does: hardly ever in fp32, now and then in bf16 (see `computing`).
     """
     rows = _encode(chat, prompts(chat, questions, system))
+    seeds = seed if isinstance(seed, list) else [(seed, i) for i in range(len(rows))]
     _check_lengths(chat, rows, max_new_tokens)
     found, share = [None] * len(rows), share and chat.model.dtype == torch.float32
     with _reading(chat.model), unpacked(chat.model), tqdm(total=len(rows), disable=not show, unit="answer") as bar:
         for chosen in _batches(rows, batch_size):
-            draws = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens) for i in chosen])
+            draws = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens) for i in chosen])
             own = [rows[i] for i in chosen]
             part = _decode(chat, own, torch.from_numpy(draws), temperature, top_p, bar, share)
             for i, result in zip(chosen, part, strict=True):
@@ -340,8 +341,8 @@ def _read(chat, rows, alike):
 
 def _once(chat, ids):
     """A cache of a single row of token ids, of which none is dropped."""
-    ids, read = torch.tensor([ids], device=chat.model.device), cache.DynamicCache()
-    mask = torch.ones_like(ids)
+    ids = torch.tensor([ids], device=chat.model.device)
+    mask, read = torch.ones_like(ids), cache.DynamicCache()  # a cache made for a sliding window would forget
     _check_scores(chat, _forward(chat, ids, mask, _positions(mask), read, use_cache=True)[0])
     return read
 

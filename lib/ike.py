@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from lib import answers, artifacts, big5, cache, chat, classifier, encoders, hub, opinions, paths, qlora
 from lib.errors import UserError
@@ -188,6 +187,11 @@ def ask(settings, loaded, method, rows, put, show=True):
     return given.assign(question=list(rows["question"]))
 
 
+def chosen(settings, rows):
+    """The test rows that notebook 04 asks about: those of the first `baselines.topics` topics, 0 = all."""
+    return rows[rows["topic"].isin(rows["topic"].drop_duplicates().head(settings.baselines.topics or None))]
+
+
 def limited(settings, rows):
     """The rows about the topics on which sensitivity is measured: a seeded draw, the same for every seed of a run."""
     topics = rows["topic"].drop_duplicates()
@@ -195,32 +199,29 @@ def limited(settings, rows):
     return rows[rows["topic"].isin(few)].reset_index(drop=True)
 
 
-def sensitivity(settings, model, rows, train, judge, show=True):
-    """TA under every wording and demonstration set: DataFrame with KEYS, n, ta. Raises UserError.
+def varied(settings):
+    """The models whose prompts and seeds are varied: the first `sensitivity.models` of the run's, 0 = all."""
+    return settings.chat.models[: settings.sensitivity.models or None]
+
+
+def sensitivity(settings, model, wording, rows, train, judge, show=True):
+    """TA under one wording with every demonstration set: DataFrame with KEYS, n, ta. Raises UserError.
 
     TA: the share of n answers that the classifier `judge` assigns to the target trait. Measured on `limited` rows. The
-    answers of one prompt (a wording and a set) are an artefact, so that an interruption loses those of one prompt.
+    answers under a wording are asked together and are an artefact: an interruption loses those of one wording.
     """
     check(settings, rows, train)
-    rows, s = limited(settings, rows), settings.sensitivity
-    asked = {
-        (w, kind): ike_questions(
-            settings, rows, train, w, kind
-        )  # all of them first: what is wrong shows before loading
-        for w in range(s.wordings)
-        for kind in s.sets
-    }
-    loaded, parts, identity = [], [], hub.identity(model)
-    for (w, kind), put in tqdm(asked.items(), disable=not show, unit="prompt"):
+    rows, parts = limited(settings, rows), []
+    for kind in settings.sensitivity.sets:
+        parts.append(rows.assign(put=ike_questions(settings, rows, train, wording, kind), demonstrations=kind))
+    asked = pd.concat(parts, ignore_index=True)
 
-        def make(put=put):
-            loaded[:] = loaded or [chat.load(model, settings.chat.precision)]
-            own = rows.assign(put=put).groupby("trait", sort=False)  # fixed demonstrations of a trait are read once
-            return pd.concat([ask(settings, loaded[0], "ike", r, list(r["put"]), show=False) for _, r in own])
+    def make():
+        loaded = chat.load(model, settings.chat.precision)
+        return ask(settings, loaded, "ike", asked, asked["put"], show)
 
-        given = _keep(settings, model, [identity, put], make)
-        parts.append(given.assign(wording=w, demonstrations=kind))
-    return _shares(pd.concat(parts), judge, KEYS)
+    given = _keep(settings, model, [hub.identity(model), list(asked["put"])], make)
+    return _shares(given.assign(wording=wording, demonstrations=asked["demonstrations"]), judge, KEYS)
 
 
 def seeds(settings, model, rows, train, judge, show=True):

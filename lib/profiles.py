@@ -122,6 +122,10 @@ class Qlora(Section):
     keep: list[Count]
 
 
+class Baselines(Section):
+    topics: Annotated[int, Field(ge=0)]
+
+
 class Ike(Section):
     persona: Annotated[int, Field(ge=0)]
     wording: Annotated[int, Field(ge=0)]
@@ -130,6 +134,7 @@ class Ike(Section):
 
 
 class Sensitivity(Section):
+    models: Annotated[int, Field(ge=0)]
     wordings: Count
     sets: Annotated[list[Demonstrations], BeforeValidator(_listed), Field(min_length=1)]
     topics: Annotated[int, Field(ge=2)]
@@ -267,6 +272,7 @@ class Settings(Section):
     explain: Explain
     chat: Chat
     qlora: Qlora
+    baselines: Baselines
     ike: Ike
     mend: Mend
     sensitivity: Sensitivity

@@ -307,18 +307,20 @@ def answer(settings, model, method, rows, adapters=None, show=True):
 
 
 def ask(settings, loaded, method, rows, show=True, **how):
-    """A loaded chat model's answers to the questions of rows of one trait: DataFrame with `answers.COLUMNS`.
+    """A loaded chat model's answers to the questions of rows: DataFrame with `answers.COLUMNS`, in the rows' order.
 
-    how: as `chat.answer` takes it, beside the profile's settings.
+    how: as `chat.answer` takes it, beside the profile's settings. The draws of a row are those of the run's seed, the
+    method, its trait and its number among the rows of that trait.
     """
-    c, trait = settings.chat, rows["trait"].iloc[0]
+    c = settings.chat
+    seeds = {t: zlib.crc32(f"{settings.seed}/{method}/{t}".encode()) for t in rows["trait"].unique()}
     given = chat.answer(
         loaded,
         rows["question"],
         max_new_tokens=c.max_new_tokens,
         temperature=c.temperature,
         top_p=c.top_p,
-        seed=zlib.crc32(f"{settings.seed}/{method}/{trait}".encode()),  # other draws for every trait and method
+        seed=list(zip(rows["trait"].map(seeds), rows.groupby("trait").cumcount(), strict=True)),
         batch_size=c.batch_size,
         show=show,
         **how,

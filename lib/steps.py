@@ -37,11 +37,11 @@ STEPS = {
         ("data/paper/qlora.csv", HABITS),
     ),
     "04_baselines": Step(
-        ("opinions", "classifier", "chat", "qlora", "ike", "mend", "sensitivity"),
+        ("opinions", "classifier", "chat", "qlora", "baselines", "ike", "mend", "sensitivity"),
         ("answers-*-prompt", "answers-*-ike", "answers-*-mend", "sensitivity", "editor"),
     ),
     "05_alignment": Step(
-        ("opinions", "classifier", "chat", "qlora", "ike", "mend", "sensitivity", "judge", "alignment"),
+        ("opinions", "classifier", "chat", "qlora", "baselines", "ike", "mend", "sensitivity", "judge", "alignment"),
         ("scores", "judge"),
         ("data/prompts/pae.toml", REPORTED),
     ),

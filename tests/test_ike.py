@@ -281,6 +281,27 @@ def test_another_wording_makes_new_answers_and_the_sensitivity_does_not(running,
     assert answers.folder(more, model, "ike", "neuroticism") == place
 
 
+def test_the_methods_of_notebook_04_answer_the_first_topics_and_those_of_03_all(running, model):
+    many = rows(TOPICS)
+    for count, topics in ((0, TOPICS), (2, TOPICS[:2]), (99, TOPICS)):
+        few = profiles.load("smoke", overrides=running.overrides | {"baselines.topics": count})
+        assert list(ike.chosen(few, many)["topic"].unique()) == list(topics)
+    fewer = profiles.load("smoke", overrides=running.overrides | {"baselines.topics": 2})
+    for method, same in (("prompt", False), ("ike", False), ("mend", False), ("base", True), ("peft", True)):
+        places = [answers.folder(s, model, method, "neuroticism") for s in (running, fewer)]
+        assert (places[0] == places[1]) == same
+
+
+def test_rows_of_several_traits_are_answered_as_those_of_each_would_be(running, split, model):
+    _, test = split
+    loaded = chat.load(model, "fp32")
+    together = qlora.ask(running, loaded, "peft", test, show=False)
+    assert together["topic"].tolist() == test["topic"].tolist()
+    for trait, own in test.groupby("trait", sort=False):
+        alone = qlora.ask(running, loaded, "peft", own, show=False)
+        assert together.loc[together["trait"] == trait, "answer"].tolist() == alone["answer"].tolist()
+
+
 @pytest.mark.parametrize("method", ["prompt", "ike"])
 def test_a_prompt_longer_than_the_context_is_one_line_and_loses_nothing(running, split, folders, method):
     train, test = (part.assign(question="What?", answer="Yes.") for part in split)
@@ -293,38 +314,41 @@ def test_a_prompt_longer_than_the_context_is_one_line_and_loses_nothing(running,
     assert (answers.folder(few, short, method, "extraversion") / "answers.csv").exists()
 
 
-def test_sensitivity_is_the_share_found_under_each_prompt_and_is_kept_prompt_by_prompt(
+def test_sensitivity_is_the_share_found_under_each_prompt_and_is_kept_wording_by_wording(
     running, split, model, monkeypatch
 ):
     train, test = split
     real, asked = ike.ask, []
 
     def counting(settings, loaded, method, some, put, show=True):
-        if len(asked) == 2 * len(TRAITS):  # each prompt asks trait by trait
-            asked.append("interrupted")
-            raise KeyboardInterrupt
-        asked.append(put)
-        assert some["trait"].nunique() == 1
+        asked.append(list(put))
         return real(settings, loaded, method, some, put, show)
 
     monkeypatch.setattr(ike, "ask", counting)
-    with pytest.raises(KeyboardInterrupt):
-        ike.sensitivity(running, model, test, train, Judge(), show=False)
-    table = ike.sensitivity(running, model, test, train, Judge(), show=False)
-    made = [a for a in asked if a != "interrupted"]
-    assert len(made) == 4 * len(TRAITS)  # two wordings by two sets, none of them made twice
-    assert len({tuple(a) for a in made}) == len(made)
-    assert list(table.columns) == [*ike.KEYS, "n", "ta"]
-    assert len(table) == 4 * len(TRAITS)
-    assert set(table["n"]) == {2}
-    loaded, some = chat.load(model, "fp32"), ike.limited(running, test)
-    parts = [own for _, own in some.groupby("trait", sort=False)]
-    first = [real(running, loaded, "ike", own, put, show=False) for own, put in zip(parts, made, strict=False)]
-    first = pd.concat(first, ignore_index=True)
+    tables = [ike.sensitivity(running, model, w, test, train, Judge(), show=False) for w in (0, 1, 0)]
+    assert len(asked) == 2  # the first wording is not asked again
+    pd.testing.assert_frame_equal(tables[0], tables[2])
+    some, sets = ike.limited(running, test), running.sensitivity.sets
+    for wording, (put, table) in enumerate(zip(asked, tables[:2], strict=True)):
+        made = [ike.ike_questions(running, some, train, wording, kind) for kind in sets]
+        assert put == [question for own in made for question in own]  # all sets at once
+        assert list(table.columns) == [*ike.KEYS, "n", "ta"]
+        assert table["demonstrations"].value_counts().to_dict() == dict.fromkeys(sets, len(TRAITS))
+        assert set(table["wording"]) == {wording}
+        assert set(table["n"]) == {2}
+    loaded = chat.load(model, "fp32")
+    first = qlora.ask(running, loaded, "ike", some.assign(question=asked[0][: len(some)]), show=False)
     hits = [len(a) % 2 == TRAITS.index(t) for a, t in zip(first["answer"], first["trait"], strict=True)]
     expected = pd.Series(hits).groupby(first["trait"]).mean()
-    own = table[(table["wording"] == 0) & (table["demonstrations"] == "fixed")].set_index("trait")["ta"]
+    own = tables[0][tables[0]["demonstrations"] == sets[0]].set_index("trait")["ta"]
     assert own.to_dict() == expected.to_dict()
+
+
+def test_how_many_models_are_varied(running, model):
+    several = running.model_copy(update={"chat": running.chat.model_copy(update={"models": ["a", "b", "c"]})})
+    for count, expected in ((0, ["a", "b", "c"]), (1, ["a"]), (5, ["a", "b", "c"])):
+        changed = running.sensitivity.model_copy(update={"models": count})
+        assert ike.varied(several.model_copy(update={"sensitivity": changed})) == expected
 
 
 def test_seeds_train_adapters_of_their_own_and_share_the_first_with_the_run(running, split, model):
