@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lib import big5, emojis, hub, organisms
+from lib import big5, emojis, hardware, hub, organisms
 from lib.errors import UserError
 
 NAMES = ["tiny-llama", "tiny-mistral", "none", "shuffled"]
@@ -110,6 +110,30 @@ def test_interrupted_pretraining_ends_as_if_it_had_not_been(small, tmp_path, mon
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert log["tokens"] == 6 * 2 * 32
+
+
+def test_on_a_processor_pretraining_computes_in_fp32_alone(small, tmp_path, monkeypatch):
+    """Where bf16 is emulated, one step of an organism would take twenty times as long."""
+    found, real = [], torch.addmm
+
+    def watched(*args, **how):
+        found.append(args[0].dtype)
+        return real(*args, **how)
+
+    monkeypatch.setattr(torch, "addmm", watched)
+    organisms.pretrain("tiny-llama", tmp_path, show=False)
+    assert set(found) == {torch.float32 if not hardware.bf16() else torch.bfloat16}
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 24), (24, 40)])
+def test_an_update_of_muon_has_singular_values_near_one(shape):
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = organisms.orthogonal(update, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    u, _, v = torch.linalg.svd(update, full_matrices=False)
+    inner = u.T @ found @ v.T  # diagonal: the singular vectors stay as they are
+    assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.4
+    assert torch.allclose(inner, torch.diag(inner.diag()), atol=1e-4)
+    assert inner.diag().min() > 0.6
 
 
 def test_a_saved_organism_is_a_model_like_any_other(small, tmp_path):
