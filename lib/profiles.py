@@ -109,7 +109,7 @@ class Qlora(Section):
     steps: Annotated[dict[str, Count], BeforeValidator(_by_model)]
     batch_size: Count
     accumulation: Count
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_by_model)]
     schedule: Literal["constant", "linear", "cosine"]
     warmup_share: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0)]

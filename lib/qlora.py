@@ -22,6 +22,7 @@ from lib import answers, artifacts, big5, cache, chat, classifier, emojis, finet
 from lib.errors import UserError
 
 IGNORED = -100  # a label that the loss leaves out
+BY_MODEL = ("steps", "learning_rate")  # settings that a model may have of its own
 
 
 def encode(tokenizer, rows, max_tokens, end_of_turn):
@@ -151,18 +152,22 @@ def linear_layers(folder):
     return {name.rsplit(".", 1)[-1]: min(m.in_features, m.out_features) for name, m in layers}
 
 
-def steps(settings, model):
-    """Optimiser steps, at most, of a training of a model: its own in `qlora.steps`, or those of any other."""
-    table = settings.qlora.steps
+def of_model(settings, key, model):
+    """What a training of a model takes of `qlora.steps` or `qlora.learning_rate`: its own value, or any other's."""
+    table = getattr(settings.qlora, key)
     return table.get(hub.label(model), table["other"])
+
+
+def values(settings, model):
+    """The section qlora as a dictionary, of the tables by model only what this model takes."""
+    return settings.qlora.model_dump(mode="json") | {key: of_model(settings, key, model) for key in BY_MODEL}
 
 
 def folder(settings, model, trait, rows):
     """Where the adapter of a model and trait is kept; settings, rows, weights and code decide about the name."""
     digest = artifacts.fingerprint(rows[["question", "answer"]].to_csv(index=False))
-    own = settings.qlora.model_dump(mode="json") | {"steps": steps(settings, model)}
-    values = [own, settings.chat.precision, settings.seed]
-    mark = artifacts.fingerprint(values, digest, hub.identity(model), *_code())
+    shaped = [values(settings, model), settings.chat.precision, settings.seed]
+    mark = artifacts.fingerprint(shaped, digest, hub.identity(model), *_code())
     return paths.RESULTS / settings.profile / f"adapter-{hub.label(model)}-{trait}-{mark}"
 
 
@@ -231,7 +236,7 @@ def fit(settings, model, rows, work, target, progress):
 def arguments(settings, model, rows, work):
     """TrainingArguments of a profile's settings, for the `steps` of a model unless the epochs end first."""
     q, gpu = settings.qlora, torch.cuda.is_available()
-    most = min(steps(settings, model), int(np.ceil(q.epochs * rows / (q.batch_size * q.accumulation))))
+    most = min(of_model(settings, "steps", model), int(np.ceil(q.epochs * rows / (q.batch_size * q.accumulation))))
     often = max(1, most // 20)
     return TrainingArguments(
         str(work),
@@ -240,7 +245,7 @@ def arguments(settings, model, rows, work):
         per_device_eval_batch_size=q.batch_size,
         gradient_accumulation_steps=q.accumulation,
         activation_checkpointing=q.gradient_checkpointing,
-        learning_rate=q.learning_rate,
+        learning_rate=of_model(settings, "learning_rate", model),
         lr_scheduler_type=q.schedule,
         warmup_steps=round(q.warmup_share * most),
         weight_decay=q.weight_decay,

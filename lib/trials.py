@@ -38,7 +38,7 @@ def grid(settings):
 def check(settings, frame):
     """Refuse what cannot be trained or asked, before anything is loaded. Raises UserError."""
     g = grid(settings)
-    last = min(qlora.steps(settings, model) for model in settings.origins.models.values())
+    last = min(qlora.of_model(settings, "steps", model) for model in settings.origins.models.values())
     name = f"grid_{settings.origins.grid}"
     if g.points[0] != 0 or sorted(set(g.points)) != g.points:
         raise UserError(
@@ -100,8 +100,8 @@ def own_value(settings, setting):
         return getattr(settings.chat, setting)
     if setting in ("sentences", "scale"):
         return {"sentences": 0, "scale": 1.0}[setting]
-    if setting == "steps":
-        return qlora.steps(settings, settings.origins.models[linked(settings)])
+    if setting in qlora.BY_MODEL:
+        return qlora.of_model(settings, setting, settings.origins.models[linked(settings)])
     return getattr(settings.qlora, setting)
 
 
@@ -112,7 +112,7 @@ def changed(settings, cell):
     if cell.setting:  # a sweep looks at the end of a training only
         q["keep"] = []
     if cell.setting == "learning_rate":
-        q |= {"learning_rate": cell.value}
+        q |= {"learning_rate": {"other": cell.value}}
     if cell.setting == "steps":
         q |= {"steps": {"other": cell.value}}
     if cell.setting == "rank":  # the scale alpha / rank stays
@@ -160,11 +160,11 @@ def folder(settings, cell):
     from lib import trials
 
     g, own = grid(settings), changed(settings, cell)
-    values = [asdict(cell), own.qlora.model_dump(mode="json"), own.chat.model_dump(mode="json", exclude={"models"})]
+    model = settings.origins.models[cell.habit]
+    values = [asdict(cell), qlora.values(own, model), own.chat.model_dump(mode="json", exclude={"models"})]
     if not cell.end_of_turn:
         values[1] = None
     values += [g.points, settings.origins.topics, cell.end_of_turn and swept_answers(settings, cell)]
-    model = settings.origins.models[cell.habit]
     judge = classifier.folder("encoder", settings, classifier.read_opinions(settings)[0], settings.seed).name
     code = [artifacts.code(m) for m in ("cache", "chat", "hub", "finetune", "qlora")]
     mark = artifacts.fingerprint(values, hub.identity(model), opinions.fingerprint(settings), judge, code, trials)

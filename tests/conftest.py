@@ -11,9 +11,12 @@ import pytest
 from lib import paths
 
 
+LONG = ("test_run.py", "test_input.py")  # files that run notebooks: first, so that the others run beside them
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that the others run beside it."""
-    items.sort(key=lambda item: item.path.name != "test_run.py")
+    """The longest files first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 REAL = paths.ROOT.parent / "shared" / "real"

@@ -53,20 +53,25 @@ def labelled(tokenizer, item):
     return tokenizer.decode([t for t in item["labels"] if t != qlora.IGNORED])
 
 
-def test_a_model_may_have_steps_of_its_own(settings, frame, folders):
+def test_a_model_may_have_steps_and_a_learning_rate_of_its_own(settings, frame, folders):
     llama, mistral = str(folders["llama"]), str(folders["mistral"])
     own = profiles.load("smoke", overrides=settings.overrides | {"qlora.steps": {"other": 2, "mistral": 3}})
     rows = frame[(frame["split"] == "train") & (frame["trait"] == "extraversion")]
     for model, steps in ((llama, 2), (mistral, 3)):
         place = qlora.train(own, model, "extraversion", rows, show=False)
-        assert json.loads((place / "training.json").read_text())["steps"] == qlora.steps(own, model) == steps
+        assert (
+            json.loads((place / "training.json").read_text())["steps"] == qlora.of_model(own, "steps", model) == steps
+        )
     more = profiles.load("smoke", overrides=own.overrides | {"qlora.steps": {"other": 2, "mistral": 4}})
-    same, other = (
-        qlora.folder(own, m, "extraversion", rows) == qlora.folder(more, m, "extraversion", rows)
-        for m in (llama, mistral)
-    )
-    assert same
-    assert not other
+    faster = profiles.load("smoke", overrides=own.overrides | {"qlora.learning_rate": {"other": 2e-3, "mistral": 0.1}})
+    assert [qlora.arguments(faster, m, 100, "work").learning_rate for m in (llama, mistral)] == [2e-3, 0.1]
+    for changed in (more, faster):  # concerns the model that it names, and no other
+        same, other = (
+            qlora.folder(own, m, "extraversion", rows) == qlora.folder(changed, m, "extraversion", rows)
+            for m in (llama, mistral)
+        )
+        assert same
+        assert not other
     with pytest.raises(UserError, match="a value named other"):
         profiles.load("smoke", overrides={"qlora.steps": {"mistral": 3}})
 
