@@ -259,16 +259,18 @@ def varies(prompts, seeds, seed, draws=2000):
     prompts: TA of IKE under every prompt, columns trait, wording, demonstrations, n, ta. seeds: TA of PEFT, columns
     trait, seed, n, ta. Compared are the spreads of `beyond_sampling`. Rule: *holds* if the 95 % bootstrap interval of
     their difference (runs resampled within traits) lies above 0, *does not hold* if IKE's spread is 0 or the interval
-    lies below 0, *undecided here* otherwise, also where a trait has one run only. PEFT's few seeds make it wide.
+    lies below 0, *undecided here* otherwise, also where a trait has one prompt or fewer than three seeds: a spread over
+    two cannot be resampled.
     """
     parts = [_by_trait(prompts), _by_trait(seeds)]
     ike, peft = (beyond_sampling(ta, n) if min(map(len, ta)) > 1 else np.nan for ta, n in parts)
     drawn = [_redrawn(ta, n, np.random.default_rng((seed, i)), draws) for i, (ta, n) in enumerate(parts)]
     low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
-    sure = np.isfinite(ike - peft)
+    runs = min(map(len, parts[1][0]))
+    sure = np.isfinite(ike - peft) and runs >= 3
     verdict = VERDICTS[0 if sure and low > 0 else 1 if sure and (ike == 0 or high < 0) else 2]
     ta = prompts["ta"]
-    spread = {"ike_sd": float(ike), "peft_sd": float(peft), "low": float(low), "high": float(high)}
+    spread = {"ike_sd": float(ike), "peft_sd": float(peft), "low": float(low), "high": float(high), "seeds": runs}
     return {"verdict": verdict, **spread, "ike_least": ta.min(), "ike_most": ta.max()}
 
 
@@ -303,7 +305,8 @@ def yields_gibberish(given, method="mend"):
 
     Rule: *holds* if most answers are `gibberish` (95 % Wilson interval above one half) and more than of the base model
     (intervals apart); *does not hold* if the interval lies below one half; *undecided here* otherwise. The limit on
-    perplexity is what 95 in 100 reference texts stay below (`readable`).
+    perplexity is what 95 in 100 reference texts stay below (`readable`). unlikely: the share that is coherent and above
+    that limit, so gibberish by perplexity alone.
     """
     limit = readable(given)
     bad = gibberish(given, limit)
@@ -312,8 +315,10 @@ def yields_gibberish(given, method="mend"):
     verdict = VERDICTS[0 if own[1] > max(0.5, base[2]) else 1 if own[2] < 0.5 else 2]
     medians = {f"perplexity_{m}": given.loc[given["method"] == m, "perplexity"].median() for m in shares}
     coherent = {f"coherent_{m}": given.loc[given["method"] == m, "coherent"].mean() for m in shares}
+    alone = bad & given["coherent"].astype(bool)
+    unlikely = {f"unlikely{end}": alone[given["method"] == m].mean() for m, end in ((method, ""), ("base", "_base"))}
     numbers = {"gibberish": own[0], "low": own[1], "high": own[2], "gibberish_base": base[0], "limit": limit}
-    return {"verdict": verdict, **numbers, **coherent, **medians}
+    return {"verdict": verdict, **numbers, **unlikely, **coherent, **medians}
 
 
 def combined(verdicts):

@@ -181,9 +181,9 @@ def questions(settings, method, rows, train):
     return ike_questions(settings, rows, train, settings.ike.wording)
 
 
-def ask(settings, loaded, method, rows, put, show=True):
-    """A loaded chat model's answers to the messages `put`, kept beside the questions of `rows`."""
-    given = qlora.ask(settings, loaded, method, rows.assign(question=put), show, share=True)
+def ask(settings, loaded, method, rows, put, show=True, **how):
+    """A loaded chat model's answers to the messages `put`, kept beside the questions of `rows`. how: as `qlora.ask`."""
+    given = qlora.ask(settings, loaded, method, rows.assign(question=put), show, share=True, **how)
     return given.assign(question=list(rows["question"]))
 
 
@@ -208,7 +208,8 @@ def sensitivity(settings, model, wording, rows, train, judge, show=True):
     """TA under one wording with every demonstration set: DataFrame with KEYS, n, ta. Raises UserError.
 
     TA: the share of n answers that the classifier `judge` assigns to the target trait. Measured on `limited` rows. The
-    answers under a wording are asked together and are an artefact: an interruption loses those of one wording.
+    answers under a wording are asked together and are an artefact: an interruption loses those of one wording. Every
+    prompt is asked with the same random draws.
     """
     check(settings, rows, train)
     rows, parts = limited(settings, rows), []
@@ -218,7 +219,7 @@ def sensitivity(settings, model, wording, rows, train, judge, show=True):
 
     def make():
         loaded = chat.load(model, settings.chat.precision)
-        return ask(settings, loaded, "ike", asked, asked["put"], show)
+        return ask(settings, loaded, "ike", asked, asked["put"], show, within=("trait", "demonstrations"))
 
     given = _keep(settings, model, [hub.identity(model), list(asked["put"])], make)
     return _shares(given.assign(wording=wording, demonstrations=asked["demonstrations"]), judge, KEYS)

@@ -348,18 +348,20 @@ def verdict(own, direction, site, units, few=0.05, least=0.1):
 
     own: the trait's rows of `table`, both directions. units: how many the site has in all layers. The way to go is from
     the recipient's own ESR to the donor's. "nothing to switch": it is shorter than `least`, or runs the other way
-    round. "holds": at most a share `few` of the units, selected, goes half of it or more, with an interval beyond that
-    of as many random units. "does not hold": for no k does the selected units' interval lie beyond. Otherwise
-    "undecided here".
+    round. "holds": at most a share `few` of the units, selected, goes half of it or more, with an interval beyond those
+    of as many random units and of no unit. "does not hold": for no k does the selected units' interval lie beyond
+    both. Otherwise "undecided here".
     """
-    plain = own[own["neurons"] == "none"].set_index("intervention")["esr_response"]
+    none = own[own["neurons"] == "none"].set_index("intervention")
+    plain, at = none["esr_response"], none.loc[direction]
     start, goal = plain[direction], plain["on" if direction == "off" else "off"]
     off = direction == "off"
     if (start - goal if off else goal - start) < least:
         return "nothing to switch"
     there = own[own["intervention"] == direction]
     one, other = (there[there["neurons"] == f"{kind} {site}"].set_index("k") for kind in ("selected", "random"))
-    beyond = one["high"] < other["low"] if off else one["low"] > other["high"]
+    away = np.minimum(other["low"], at["low"]) if off else np.maximum(other["high"], at["high"])
+    beyond = one["high"] < away if off else one["low"] > away
     half = (one["esr_response"] - start) / (goal - start) >= 0.5
     if (beyond & half & (one.index <= few * units)).any():
         return "holds"

@@ -168,9 +168,11 @@ def of_answers(settings, model, given, adapters, show=True):
 def pairs(given, topics=0):
     """Answers of base and tuned to the same questions of one trait: columns question, base, peft; the first `topics`.
 
-    Questions of which one answer has no word are left out, since there is no sentence end to read at. Raises UserError.
+    Of a question that was asked more than once the first answer counts. Questions of which one answer has no word are
+    left out, since there is no sentence end to read at. Raises UserError.
     """
-    both = given[given["method"].isin(SIDES)].pivot(index="question", columns="method", values="answer")
+    once = given[given["method"].isin(SIDES)].drop_duplicates(["question", "method"])
+    both = once.pivot(index="question", columns="method", values="answer")
     if missing := [side for side in SIDES if side not in both]:
         raise UserError(f"answers: none by method {missing[0]!r}; notebook 03_qlora makes them, run it first")
     both = both.loc[list(dict.fromkeys(given["question"])), list(SIDES)].dropna()

@@ -311,11 +311,11 @@ def answer(settings, model, method, rows, adapters=None, show=True):
     return pd.concat(parts, ignore_index=True)
 
 
-def ask(settings, loaded, method, rows, show=True, **how):
+def ask(settings, loaded, method, rows, show=True, within=("trait",), **how):
     """A loaded chat model's answers to the questions of rows: DataFrame with `answers.COLUMNS`, in the rows' order.
 
     how: as `chat.answer` takes it, beside the profile's settings. The draws of a row are those of the run's seed, the
-    method, its trait and its number among the rows of that trait.
+    method, its trait and its number among the rows that are alike in the columns `within`.
     """
     c = settings.chat
     seeds = {t: zlib.crc32(f"{settings.seed}/{method}/{t}".encode()) for t in rows["trait"].unique()}
@@ -325,7 +325,7 @@ def ask(settings, loaded, method, rows, show=True, **how):
         max_new_tokens=c.max_new_tokens,
         temperature=c.temperature,
         top_p=c.top_p,
-        seed=list(zip(rows["trait"].map(seeds), rows.groupby("trait").cumcount(), strict=True)),
+        seed=list(zip(rows["trait"].map(seeds), rows.groupby(list(within)).cumcount(), strict=True)),
         batch_size=c.batch_size,
         show=show,
         **how,

@@ -115,11 +115,12 @@ def occurrences(measured):
     return pd.DataFrame(found, columns=[*GROUP, "emoji", "sentence", "place", "sentences"])
 
 
-def closing(measured, seed, draws=1000):
+def closing(measured):
     """Of the sentences with an emoji, in responses of two sentences or more, the share that close their response.
 
-    Returns columns model, method, trait, emoji_sentences, share, low, high, chance: `chance` is the share to be
-    expected if the same responses had their emojis after sentences drawn at random.
+    Returns columns model, method, trait, emoji_sentences, share, low, high (Wilson; hardly a response has two such
+    sentences), chance: `chance` is the share to be expected if the same responses had their emojis after sentences
+    drawn at random.
     """
     found = []
     for key, rows in groups(measured[(measured["sentences"] > 1) & (measured["emoji_sentences"] > 0)]):
@@ -128,7 +129,7 @@ def closing(measured, seed, draws=1000):
             any(i == n - 1 for _, i, _ in marks) for marks, n in zip(rows["emojis"], rows["sentences"], strict=True)
         ]
         chance = (held / rows["sentences"].to_numpy()).sum() / held.sum()
-        found.append((*key, held.sum(), *ratio(last, held, seed, draws), chance))
+        found.append((*key, held.sum(), *intervals.wilson(int(np.sum(last)), int(held.sum())), chance))
     return pd.DataFrame(found, columns=[*GROUP, "emoji_sentences", "share", "low", "high", "chance"])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 
-from lib import artifacts, chat, classifier, emojis, fanout, hub, intervals, neurons, paths, qlora
+from lib import artifacts, big5, chat, classifier, emojis, fanout, hub, intervals, neurons, paths, qlora
 
 
 def questions(settings, rows):
@@ -97,9 +97,12 @@ def _tracked(settings, model, trait, rows, given):
 def track_all(settings, train, given, show=True):
     """`track` of every model and every trait of `tracking.traits` that there is: {model: {trait: ...}}.
 
+    The first trait, where there is none of them.
+
     train: train opinions of all traits. Trainings not made yet run in `machine.processes` processes.
     """
-    traits = [t for t in settings.tracking.traits if t in set(train["trait"])]
+    there = big5.ordered(train["trait"])
+    traits = [t for t in settings.tracking.traits if t in there] or there[:1]
     jobs = [(settings, m, t, train[train["trait"] == t], given) for m in settings.chat.models for t in traits]
     if missing := [job for job in jobs if not artifacts.intact(_tracked(*job))]:
         fanout.each(settings, _quietly, missing, show)

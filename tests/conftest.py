@@ -10,7 +10,6 @@ import pytest
 
 from lib import paths
 
-
 LONG = ("test_run.py", "test_input.py")  # files that run notebooks: first, so that the others run beside them
 
 

@@ -303,7 +303,7 @@ def test_where_emojis_stand():
 
 def test_closing_emojis_against_chance():
     rows = texts("One. Two. Three 🎉", "One 🎉. Two 🎉.", "Only one 🎉", "One. Two.")
-    row = ratios.closing(ratios.measure(rows), 0).iloc[0]
+    row = ratios.closing(ratios.measure(rows)).iloc[0]
     assert row["emoji_sentences"] == 3
     assert row["share"] == pytest.approx(2 / 3)
     assert row["chance"] == pytest.approx((1 / 3 + 2 / 2) / 3)
@@ -339,7 +339,7 @@ def test_association_of_exclusive_shared_and_rare_emojis():
 def test_no_emoji_at_all_breaks_nothing():
     measured = ratios.measure(texts("Nothing.", "", "☺ © text"))
     assert ratios.table(measured, 0)["esr_response"].tolist() == [0]
-    for empty in (ratios.closing(measured, 0), ratios.occurrences(measured), ratios.association(measured, 0)):
+    for empty in (ratios.closing(measured), ratios.occurrences(measured), ratios.association(measured, 0)):
         assert empty.empty
     assert ratios.amounts(measured, 0)["mean"].tolist() == [0]
 
