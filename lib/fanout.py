@@ -1,6 +1,7 @@
 """Many jobs, here or on a cluster. Each job leaves an artefact, so an interrupted fan-out goes on where it was."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -98,6 +99,7 @@ def _enter(parent):
     """What a copied process does first: show no bars of its own, and see to it that it ends when its parent does."""
     from tqdm import std
 
+    gc.freeze()  # what the parent holds stays, so no collection need look through it
     begin = std.tqdm.__init__
     std.tqdm.__init__ = lambda self, *args, **how: begin(self, *args, **how | {"disable": True})
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()

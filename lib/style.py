@@ -33,6 +33,8 @@ EMOJI_FONTS = (
 
 def apply():
     """Set the look of all figures that follow."""
+    # seaborn draws the whole figure once for every heat map, to see whether labels overlap; ours are set by hand
+    sns.matrix._draw_figure = lambda figure: None
     sns.set_theme(context="notebook", style="whitegrid", font="DejaVu Sans")
     mpl.rcParams.update(
         {
