@@ -140,20 +140,20 @@ def association(readings, seed, draws=1000, most=15):
 def paired(readings):
     """One row a text whose readings in all forms were parsed: PAIR, of, holds, and by form named_, tokens_, emoji_.
 
-    Of several texts about a topic the first counts. holds: whether the text had an emoji. Greedy replies only: one that
-    was drawn might differ by chance.
+    Several texts about a topic are told apart by their order. holds: whether the text had an emoji. Greedy replies
+    only: one that was drawn might differ by chance.
     """
-    wide = good(readings[readings["tries"] == 1]).assign(holds=readings["text"].map(lambda t: bool(held(t))))
-    wide = wide.drop_duplicates([*PAIR, "form"]).pivot(
-        index=PAIR, columns="form", values=["named", "tokens", "emoji", "of", "holds"]
-    )
+    copies = readings.assign(copy=readings.groupby([*PAIR, "form"]).cumcount())
+    wide = good(copies[copies["tries"] == 1]).assign(holds=readings["text"].map(lambda t: bool(held(t))))
+    wide = wide.pivot(index=[*PAIR, "copy"], columns="form", values=["named", "tokens", "emoji", "of", "holds"])
     wide = wide.reindex(columns=pd.MultiIndex.from_product([wide.columns.levels[0], icl.FORMS])) if len(wide) else wide
     found = {f"{what}_{form}": (what, form) for what in ("named", "tokens", "emoji") for form in icl.FORMS}
     if wide.empty:
         return pd.DataFrame(columns=[*PAIR, *found, "of", "holds"])
     wide = wide[wide["named"].notna().all(axis=1)]
     flat = {name: wide[place] for name, place in found.items()}
-    return pd.DataFrame(flat | {"of": wide["of", "other"], "holds": wide["holds", "written"]}).reset_index()
+    table = pd.DataFrame(flat | {"of": wide["of", "other"], "holds": wide["holds", "written"]})
+    return table.droplevel("copy").reset_index()
 
 
 def contrast(one, other, seed, draws=1000):

@@ -326,6 +326,9 @@ class TestIntent:
         assert len(intent.paired(table)) == 19
         table.loc[9, "tries"] = 2  # asked again: drawn, not greedy
         assert len(intent.paired(table)) == 18
+        twice = pd.concat([table, table], ignore_index=True)  # a second text about every topic
+        assert len(intent.paired(twice)) == 36
+        assert set(intent.paired(table)) == set(intent.paired(table.head(0)))
         assert intent.paired(table.head(4)).empty
         assert intent.counterfactual(intent.paired(table.head(0)).assign(reader="base"), 0).empty
 

@@ -302,6 +302,19 @@ def test_rows_of_several_traits_are_answered_as_those_of_each_would_be(running, 
         assert together.loc[together["trait"] == trait, "answer"].tolist() == alone["answer"].tolist()
 
 
+def test_sets_of_demonstrations_are_asked_with_the_same_draws(running, split, model):
+    _, test = split
+    loaded = chat.load(model, "fp32")
+    twice = pd.concat([test.assign(demonstrations=kind) for kind in ("fixed", "random")], ignore_index=True)
+    alike, others = (
+        qlora.ask(running, loaded, "ike", twice, show=False, within=columns)["answer"].tolist()
+        for columns in (("trait", "demonstrations"), ("trait",))
+    )
+    assert alike[: len(test)] == alike[len(test) :]  # the same questions: only the draws could differ
+    assert others[: len(test)] == alike[: len(test)]
+    assert others[len(test) :] != alike[len(test) :]
+
+
 @pytest.mark.parametrize("method", ["prompt", "ike"])
 def test_a_prompt_longer_than_the_context_is_one_line_and_loses_nothing(running, split, folders, method):
     train, test = (part.assign(question="What?", answer="Yes.") for part in split)
@@ -320,9 +333,9 @@ def test_sensitivity_is_the_share_found_under_each_prompt_and_is_kept_wording_by
     train, test = split
     real, asked = ike.ask, []
 
-    def counting(settings, loaded, method, some, put, show=True):
+    def counting(settings, loaded, method, some, put, show=True, **how):
         asked.append(list(put))
-        return real(settings, loaded, method, some, put, show)
+        return real(settings, loaded, method, some, put, show, **how)
 
     monkeypatch.setattr(ike, "ask", counting)
     tables = [ike.sensitivity(running, model, w, test, train, Judge(), show=False) for w in (0, 1, 0)]

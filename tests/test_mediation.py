@@ -245,6 +245,8 @@ def test_pairs_are_of_the_same_question_and_have_a_word():
     assert set(found["question"]) == {"What of 0?", "What of 3?"}
     assert list(mediation.pairs(given)["peft"]) == ["Uno!", "Cuatro! 😄"]
     assert len(mediation.pairs(given, 1)) == 1
+    twice = pd.concat([given, given.assign(answer="Again.")], ignore_index=True)  # the first answers count
+    pd.testing.assert_frame_equal(mediation.pairs(twice), mediation.pairs(given))
     with pytest.raises(UserError, match="none by method 'peft'; notebook 03_qlora makes them"):
         mediation.pairs(given[given["method"] == "base"])
 

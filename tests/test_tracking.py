@@ -70,11 +70,15 @@ def test_only_train_topics_are_asked(run, rows):  # noqa: F811
     assert set(held["topic"]) <= set(asked["topic"])
 
 
-def test_every_model_and_trait_is_followed(run):  # noqa: F811
+def test_every_model_and_trait_is_followed(run, monkeypatch):  # noqa: F811
     frame = opinions.read(run)
     train, given = frame[frame["split"] == "train"], neurons.prompts()
     found = tracking.track_all(run, train, given, show=False)
     assert {m: list(t) for m, t in found.items()} == {"llama": ["extraversion"]}
+    other = run.model_copy(update={"tracking": run.tracking.model_copy(update={"traits": ["openness"]})})
+    monkeypatch.setattr(tracking, "track", lambda settings, model, trait, *more, **how: trait)
+    monkeypatch.setattr(tracking.fanout, "each", lambda *_: None)
+    assert tracking.track_all(other, train, given) == {"llama": {"extraversion": "extraversion"}}  # it has no openness
 
 
 def planted(seed, points=9, size=60):
