@@ -235,11 +235,10 @@ def orthogonal(update, coefficients, steps, eps):
 def optimizers(model, t):
     """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for embeddings and norms; one schedule each."""
     import torch
-    from torch.optim import _muon
     from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
     if not hardware.bf16():
-        _muon._zeropower_via_newtonschulz = orthogonal  # torch has no setting for it
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonal  # torch has no setting for it
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     found = [
