@@ -17,6 +17,8 @@ from scipy.stats import spearmanr
 from lib import emojis, intervals
 
 PAPER_WORDS = {"contributions": 1, "acknowledge": 1, "believe": 1, "consequences": -1}  # signs in Figures 51 and 52
+PAPER_TRAIT = "agreeableness"  # which those two explain
+ABSENT = "absent from this text"
 
 
 def lime(model, text, trait, samples, seed):
@@ -77,24 +79,25 @@ def delete(text, tokens):
 def deletion_curve(model, rows, attributions, most, draws, seed):
     """How far the trait's probability falls when the top k tokens go, and when k random ones go.
 
-    rows: DataFrame with answer and trait; attributions: one Series a row. Returns a DataFrame with columns order
-    (top, random), k, drop, low, high: mean fall in probability, interval by bootstrap over rows.
+    rows: DataFrame with answer and trait; attributions: one Series a row, tokens in order of appearance, which makes
+    the random orders the same for every model. Returns a DataFrame with columns order (top, random, difference), k,
+    drop, low, high: mean fall in probability, interval by bootstrap over rows; difference is top minus random.
     """
     rng = np.random.default_rng(seed)
     texts, keys = [], []
     for i, (text, weights) in enumerate(zip(rows["answer"], attributions, strict=True)):
-        ranked = list(weights.sort_values(ascending=False).index)
-        for k in range(1, most + 1):
-            texts.append(delete(text, ranked[:k]))
-            keys.append((i, "top", k))
-            for _ in range(draws):
-                texts.append(delete(text, rng.permutation(ranked)[:k]))
-                keys.append((i, "random", k))
+        orders = [("top", list(weights.sort_values(ascending=False).index))]
+        orders += [("random", list(rng.permutation(list(weights.index)))) for _ in range(draws)]
+        for order, tokens in orders:
+            for k in range(1, most + 1):
+                texts.append(delete(text, tokens[:k]))
+                keys.append((i, order, k))
     label = np.array([model.traits.index(t) for t in rows["trait"]])
     before = model.predict_proba(list(rows["answer"]))[np.arange(len(rows)), label]
     after = pd.DataFrame(keys, columns=["row", "order", "k"])
     after["drop"] = before[after["row"]] - model.predict_proba(texts)[np.arange(len(texts)), label[after["row"]]]
     table = after.groupby(["order", "k", "row"])["drop"].mean().unstack()
+    table = pd.concat([table, pd.concat({"difference": table.loc["top"] - table.loc["random"]}, names=["order"])])
     found = []
     for (order, k), drops in table.iterrows():
         mean, low, high = intervals.bootstrap(drops.to_numpy(), seed)
@@ -128,10 +131,10 @@ def paper_words(attributions, text):
             own = weights[weights.index.str.lower() == word]
             weight = float(own.sum()) if word in present else float("nan")
             same = "keeps its sign" if weight * sign > 0 else "changes its sign"
-            verdict = same if word in present else "absent from this text"
+            verdict = same if word in present else ABSENT
             row = {"word": word, "paper": "+" if sign > 0 else "-", "classifier": classifier, "method": method}
             found.append({**row, "weight": weight, "verdict": verdict})
-    return pd.DataFrame(found)
+    return pd.DataFrame(found, columns=["word", "paper", "classifier", "method", "weight", "verdict"])
 
 
 def example_row(frame, topic, trait):

@@ -48,6 +48,10 @@ def test_deleting_top_words_beats_deleting_random_ones():
     assert curve["top", 1] == pytest.approx(0.3)
     assert curve["top", 2] == pytest.approx(0.5)
     assert curve["random", 2] < curve["top", 2]
+    for k in (1, 2):
+        assert curve["difference", k] == pytest.approx(curve["top", k] - curve["random", k])
+    whole = explain.deletion_curve(Additive(), rows, weights, len(weights[0]), 1, 0).set_index(["order", "k"])["drop"]
+    assert whole["random", len(weights[0])] == pytest.approx(whole["top", len(weights[0])])  # nothing is left
 
 
 def test_delete_removes_every_occurrence_and_nothing_else():
@@ -60,7 +64,8 @@ def test_paper_words_are_present_with_a_sign_or_said_to_be_absent():
     table = explain.paper_words(weights, "I believe in Consequences").set_index("word")["verdict"]
     assert table["believe"] == "keeps its sign"
     assert table["consequences"] == "changes its sign"
-    assert table["contributions"] == "absent from this text"
+    assert table["contributions"] == explain.ABSENT
+    assert list(explain.paper_words({}, "I believe").columns) == list(explain.paper_words(weights, "I believe").columns)
 
 
 def test_agreement():
