@@ -95,13 +95,17 @@ def calibration(predictions, bins=10):
     return table, ece
 
 
+def curve_c(settings):
+    """The one inverse regularisation of TF-IDF's learning curve: the middle candidate of a profile's [classifier]."""
+    return settings.tfidf_c[len(settings.tfidf_c) // 2]
+
+
 def learning_curve(kind, settings, rows, test, sizes, seeds):
     """Test accuracy after training on the rows of so many topics: columns model, topics, seed, accuracy.
 
     TF-IDF keeps the regularisation in the middle of the profile's candidates, so that a point costs one fit.
     """
-    c = settings.classifier.tfidf_c
-    fixed = settings.classifier.model_copy(update={"tfidf_c": [c[len(c) // 2]]})
+    fixed = settings.classifier.model_copy(update={"tfidf_c": [curve_c(settings.classifier)]})
     settings = settings.model_copy(update={"classifier": fixed})
     found = []
     for size in sizes:
