@@ -94,15 +94,15 @@ def pretraining(cells):
     Holds if no cell of habit none exceeds .01 and some linked organism's masked cell lies clearly (interval) above .05.
     Fails if a cell of habit none is clearly above .01, or every linked cell clearly (interval) below .05.
     """
-    none = cells[cells["habit"] == "none"]
+    none = cells[(cells["habit"] == "none") & (cells["steps"] > 0)]
     linked = causes.final(cells[(cells["habit"] == "linked") & (cells["end_of_turn"] == "masked")])
     if none.empty or linked.empty:
         return VERDICTS[2], "This grid holds no organism without emojis, or none with a linked habit."
     worst, best = none.loc[none["esr_response"].idxmax()], linked.loc[linked["esr_response"].idxmax()]
     holds = worst["esr_response"] <= 0.01 and best["low"] > 0.05
     text = (
-        f"Habit none: at most {worst['esr_response']:.3f} in {len(none)} cells "
-        f"(upper limit at most {none['high'].max():.3f}); "
+        f"Habit none: at most {worst['esr_response']:.3f} in {len(none)} tuned cells, "
+        f"{none['responses'].sum():,} answers (upper limit at most {none['high'].max():.3f}); "
         f"linked, masked: up to {best['esr_response']:.2f} ({best['organism']}, {best['trait']})."
     )
     return verdict(holds, worst["low"] > 0.01 or linked["high"].max() <= 0.05), text
@@ -207,7 +207,7 @@ def _order(organism, onsets):
 
 
 def amplified(table):
-    """ "Tuning amplifies the emoji": (verdict, sentence). table: as from `mechanism`.
+    """ "After the same text tuning makes an emoji likelier": (verdict, sentence). table: as from `mechanism`.
 
     The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over linked (or unknown)
     cells where one of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most, fails if clearly
@@ -276,7 +276,7 @@ def every(cells, gaps, recovery, onsets, table):
             "checkpoints with the emoji and without the voice",
         ),
         (
-            "Tuning amplifies the emoji itself",
+            "After the same text tuning makes an emoji likelier",
             amplified(table),
             "the untuned model, reading the trait's texts, gives an emoji as much as the tuned one",
         ),
@@ -309,7 +309,8 @@ def accounts(verdicts, cells):
             ("a strong habit, end of turn masked", f"ESR {least:.2f} to {most:.2f}", "both" if shown else "neither")
         )
     two = ("the rival", "pretraining alone", VERDICTS[2])
-    closed, raised = "With the end of the turn in the loss they are all but gone", "Tuning amplifies the emoji itself"
+    closed = "With the end of the turn in the loss they are all but gone"
+    raised = "After the same text tuning makes an emoji likelier"
     rows.append(
         ("the same, end of turn in the loss", text[closed], dict(zip(VERDICTS, two, strict=True))[said[closed]])
     )
@@ -348,8 +349,9 @@ def mediated(mediation):
         return None, "no mediation of models with a linked habit."
     by_text, by_reader = (means[pair] - means["base", "base"] for pair in (("peft", "base"), ("base", "peft")))
     part = "neither" if max(by_text, by_reader) <= 0.01 else "text" if by_text > by_reader else "reader"
-    ends = {"text": "the larger part comes with the text, that is, the voice."}
-    ends |= {"reader": "the larger part comes with the reader, that is, the weights."}
+    both = "both are at work, and " if min(by_text, by_reader) > 0.01 else ""
+    ends = {"text": f"{both}the larger part comes with the text, that is, the voice."}
+    ends |= {"reader": f"{both}the larger part comes with the reader, that is, the weights."}
     ends |= {"neither": "neither alone raises it by more than .01."}
     return part, (
         f"mean over {own['cells'].max()} models and traits, the base reading its own texts"
@@ -383,6 +385,26 @@ def switched_off(cells):
     return pd.DataFrame(rows, columns=names)
 
 
+def counted(ranking, off):
+    """Effects "alone" beside the same differences from counts: columns switch, model, low, high, counts, within.
+
+    ranking: as from `effects.Effects.ranking`; off: as from `switched_off`. within: whether the counts' difference lies
+    in the model's interval. Switches without a counted cell are left out.
+    """
+    share = off.drop_duplicates("off").set_index("off")["share"]
+    names = {("habit", "none"): "habit none", ("habit", "shuffled"): "habit shuffled"}
+    names |= {("end of turn", "loss"): "end of turn in the loss", ("tuning steps", "0"): "untuned"}
+    found = []
+    for r in ranking.itertuples():
+        cell = names.get((r.cause, r.switch.split(" against ")[1]))
+        if cell in share:
+            value = share["nothing"] - share[cell]
+            found.append(
+                (r.switch, r.alone, r.alone_low, r.alone_high, value, bool(r.alone_low <= value <= r.alone_high))
+            )
+    return pd.DataFrame(found, columns=["switch", "model", "low", "high", "counts", "within"])
+
+
 def predictions(verdicts, gaps):
     """What the verdicts foretell for the paper's models: columns number, prediction, reported, expected, at_most.
 
@@ -398,8 +420,9 @@ def predictions(verdicts, gaps):
         VERDICTS[1]: "With the end of the turn in the loss about as many emojis come, as they did here.",
         VERDICTS[2]: "What the end of the turn does is undecided here.",
     }
-    first = {VERDICTS[0]: "after", VERDICTS[1]: "no later than", VERDICTS[2]: "(undecided here) before or after"}
-    amount = {VERDICTS[0]: "less than", VERDICTS[1]: "no less than", VERDICTS[2]: "(undecided here) as much as"}
+    first = {VERDICTS[0]: "after", VERDICTS[1]: "no later than"}
+    amount = {VERDICTS[0]: "less than", VERDICTS[1]: "no less than"}
+    undecided = "No prediction: undecided here."
     none = (float("nan"),) * 3
     rows = [("1", f"End of turn. {closing[said['The masked end of the turn lets them out']]}", *none)]
     for item in [i for i in told.index if i.startswith("ESR of") and len(left)]:
@@ -407,15 +430,13 @@ def predictions(verdicts, gaps):
         rows.append(
             ("1", f"{item.removeprefix('ESR of ')}, in the loss (reported as we infer with it masked)", *values)
         )
-    order, raised = first[said["The voice comes before the emoji"]], amount[said["Tuning amplifies the emoji itself"]]
+    order = first.get(said["The voice comes before the emoji"])
+    raised = amount.get(said["After the same text tuning makes an emoji likelier"])
+    reading = "Reading a tuned model's answer, the untuned chat model gives an emoji at its end "
+    reading += f"{raised} the tuned one does."
     rows += [
-        ("2", f"Order. Over checkpoints, the emoji comes {order} the voice.", *none),
-        (
-            "3",
-            "The habit was there. Reading a tuned model's answer, the untuned chat model gives an emoji at its end "
-            f"{raised} the tuned one does.",
-            *none,
-        ),
+        ("2", "Order. " + (f"Over checkpoints, the emoji comes {order} the voice." if order else undecided), *none),
+        ("3", "The habit was there. " + (reading if raised else undecided), *none),
         (
             "4",
             "Which traits. Traits whose answers hold emojis under a mere persona prompt, without tuning, are those "

@@ -167,7 +167,7 @@ class Effects:
         found = [("habit", {"habit": "linked"}, {"habit": h}) for h in ("none", "shuffled")]
         found += [("end of turn", {"end_of_turn": "masked"}, {"end_of_turn": "loss"})]
         found += [("tuning steps", {"steps": last}, {"steps": 0})]
-        if len(d.rates) > 1:
+        if len(d.rates) > 2:  # two rates are two traits, and nothing tells one from the other
             found += [("planted rate", {"planted": d.rates[-1]}, {"planted": d.rates[0]})]
         known = {"habit": d.habits, "end_of_turn": list(self.rows["end_of_turn"]), "steps": d.steps, "planted": d.rates}
         return [s for s in found if all(v in list(known[k]) for part in s[1:] for k, v in part.items())]

@@ -61,6 +61,7 @@ class Encoder:
         self.traits = big5.ordered(train["trait"])
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = Pooled(AutoModel.from_pretrained(path), len(self.traits))
+        set_dropout(self.model.body, self.settings.dropout)
         self.freeze(self.settings.frozen_layers)
         code = {t: i for i, t in enumerate(self.traits)}
         parts = [self._encode(p["answer"], [code[t] for t in p["trait"]]) for p in (train, validation)]
@@ -110,6 +111,13 @@ class Encoder:
         loaded = cls(settings, model.eval(), AutoTokenizer.from_pretrained(folder), traits)
         loaded.history = pd.DataFrame(json.loads((folder / "history.json").read_text("utf-8")))
         return loaded
+
+
+def set_dropout(model, share):
+    """Have a model's own dropout layers hide this share of their inputs in training, whatever its config says."""
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = share
 
 
 def whole_checkpoint(folder):

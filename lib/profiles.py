@@ -71,6 +71,7 @@ class Classifier(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     max_tokens: Annotated[int, Field(ge=8)]
     token_dropout: Annotated[float, Field(ge=0, lt=1)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
     frozen_layers: Annotated[int, Field(ge=0)]
     precision: Literal["auto", "fp32", "bf16"]
     curve_topics: list[Count]

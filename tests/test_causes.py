@@ -247,7 +247,7 @@ def test_verdicts_where_all_is_as_supposed(cells):
     assert said["The masked end of the turn lets them out"] == "holds"
     assert said["With the end of the turn in the loss they are all but gone"] == "holds"
     assert said["The voice comes before the emoji"] == "holds"
-    assert said["Tuning amplifies the emoji itself"] == "does not hold"
+    assert said["After the same text tuning makes an emoji likelier"] == "does not hold"
 
 
 def test_verdicts_where_the_end_of_turn_does_nothing():
@@ -263,7 +263,7 @@ def test_verdicts_of_a_grid_without_emojis_or_of_a_quick_one(silent):
     assert set(said) == {"undecided here"}
     table = made_up_grid.quick(steps=(0, 1, 2), n=12).assign(with_emoji=0, esr_response=0.0, low=0.0, high=0.24)
     said = everything(causes.grid(table), made_up_grid.endings(traits=("extraversion", "neuroticism")))
-    assert set(said.drop("Tuning amplifies the emoji itself")) == {"undecided here"}
+    assert set(said.drop("After the same text tuning makes an emoji likelier")) == {"undecided here"}
     quick = everything(causes.grid(made_up_grid.quick()), made_up_grid.endings(traits=("extraversion",)))
     assert set(quick) <= set(claims.VERDICTS)
 

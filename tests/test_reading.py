@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lib import artifacts, classifier, encoders, explain, finetune, gallery, profiles, style, tfidf, wordclouds
 from lib.errors import UserError
@@ -199,6 +200,21 @@ def test_the_encoder_learns_saves_loads_and_predicts_the_same(tmp_path):
     again = finetune.Encoder.load(tmp_path, settings)
     np.testing.assert_allclose(again.predict_proba(["a party with friends", "worry"]), p, atol=1e-6)
     assert list(again.history) == list(model.history)
+
+
+def test_without_dropout_an_encoder_in_training_computes_what_it_computes_after():
+    from transformers import AutoModel
+
+    body = AutoModel.from_pretrained(encoders.place("packaged")).train()
+    ids = torch.arange(200, 216).reshape(2, 8)
+    finetune.set_dropout(body, 0.5)
+    with torch.no_grad():
+        loose = body(input_ids=ids).last_hidden_state
+        finetune.set_dropout(body, 0.0)
+        still = body(input_ids=ids).last_hidden_state
+        after = body.eval()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(still, after)
+    assert (loose - after).abs().max() > 0.1
 
 
 def test_prediction_does_not_depend_on_company():
