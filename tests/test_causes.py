@@ -285,6 +285,11 @@ def test_mediation_says_whether_text_or_reader_brings_the_emoji():
     part, text = claims.mediated(pd.DataFrame(rows))
     assert part == "text"
     assert "+0.590" in text
+    assert "both are at work" not in text
+    either = [{**r, "p_emoji": 0.3} if (r["text"], r["reader"]) == ("base", "peft") else r for r in rows]
+    part, text = claims.mediated(pd.DataFrame(either))
+    assert part == "text"
+    assert "both are at work" in text
     assert claims.mediated(pd.DataFrame(rows[4:]))[0] is None
 
 
@@ -296,6 +301,40 @@ def test_one_thing_off_is_read_from_the_counts(cells, silent):
     own = cells.query(at)
     assert table["share"][1] == pytest.approx(own["with_emoji"].sum() / own["responses"].sum())
     assert claims.switched_off(silent).empty
+
+
+def test_effects_are_set_beside_the_counts(cells):
+    ranking, off = effects.Effects(cells).ranking(), claims.switched_off(cells)
+    table = claims.counted(ranking, off).set_index("switch")
+    assert set(table.index) == set(ranking.loc[ranking["cause"] != "planted rate", "switch"])
+    share = off.set_index("off")["share"]
+    assert table.loc["masked against loss", "counts"] == pytest.approx(
+        share["nothing"] - share["end of turn in the loss"]
+    )
+    wide = claims.counted(ranking.assign(alone_low=-1, alone_high=1), off)
+    assert wide["within"].all()
+    assert not claims.counted(ranking.assign(alone_low=2, alone_high=3), off)["within"].any()
+
+
+def test_two_planted_rates_are_two_traits_and_no_cause(cells):
+    few = cells[cells["trait"].isin(("extraversion", "neuroticism"))]
+    assert "planted rate" not in set(effects.Effects(few).ranking()["cause"])
+
+
+def test_what_is_undecided_is_not_predicted(cells):
+    gaps = causes.gaps(cells)
+    verdicts = claims.every(
+        cells,
+        gaps,
+        causes.recovery(cells, 0.7),
+        first_of.measure(cells, 0, draws=50),
+        claims.mechanism(made_up_grid.endings(), cells, 0.7, 0, draws=50),
+    )
+    told = claims.predictions(verdicts, gaps).set_index("number")["prediction"]
+    assert told["2"] == "Order. Over checkpoints, the emoji comes after the voice."
+    told = claims.predictions(verdicts.assign(verdict="undecided here"), gaps).set_index("number")["prediction"]
+    assert told["2"] == "Order. No prediction: undecided here."
+    assert told["3"].endswith("No prediction: undecided here.")
 
 
 def test_predictions_change_with_the_verdicts(cells, silent):
