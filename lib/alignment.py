@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import binom
 from statsmodels.stats.multitest import multipletests
 
-from lib import answers, artifacts, big5, classifier, emojis, hub, intervals, mend, paths, qlora
+from lib import answers, artifacts, big5, emojis, hub, intervals, mend, paths, qlora
 from lib.errors import UserError
 
 COLUMNS = ("model", "method", "trait", "n", "ta", "ta_low", "ta_high", "pae", "es", "dd", "tpei", "coherent")
@@ -56,15 +56,15 @@ def kept(settings, name, notebook):
 # --- one value an answer
 
 
-def voices(given, model):
-    """Answers with what a trait classifier makes of them: predicted, p_<trait>, correct, ce.
+def voices(found):
+    """Answers with what is right about their classifier's verdict: correct, ce.
 
+    found: answers with predicted and p_<trait>, as `classifier.heard` gives them.
     correct: predicted is the target; its mean is TA, trait alignment (the paper's measure, PersonalityEdit's accuracy).
     ce: cross-entropy of classifier and target, -log p(target), nats, at most 27.6.
     """
-    found = classifier.predict(model, given)
-    at = [model.traits.index(t) for t in found["trait"]]
-    p = found[[f"p_{t}" for t in model.traits]].to_numpy()[np.arange(len(found)), at]
+    p = found.filter(regex="^p_")
+    p = p.to_numpy()[np.arange(len(p)), p.columns.get_indexer("p_" + found["trait"])]
     return found.assign(correct=found["predicted"] == found["trait"], ce=-np.log(np.maximum(p, 1e-12)))
 
 

@@ -68,6 +68,26 @@ def predict(model, frame):
     return frame.assign(predicted=np.array(model.traits)[best], confidence=p[np.arange(len(p)), best], **columns)
 
 
+def heard(settings, given):
+    """Answers with what the trained encoder makes of them: `predict`, kept, so that no other notebook reads them again.
+
+    given: answers with model, method and trait; any index. Read, and kept, are the answers of each of these groups, in
+    their order. Raises UserError if notebook 02 has not trained the encoder.
+    """
+    judge, name = [], folder("encoder", settings, read_opinions(settings)[0], settings.seed).name
+    parts = []
+    for _, own in given.groupby(["model", "method", "trait"], sort=False):
+
+        def make(tmp, own=own):
+            judge[:] = judge or [trained("encoder", settings, settings.seed)]
+            predict(judge[0], own[["answer"]]).drop(columns="answer").to_csv(tmp / "heard.csv", index=False)
+
+        place = paths.RESULTS / settings.profile / f"heard-{artifacts.fingerprint(name, list(own['answer']))}"
+        kept = pd.read_csv(artifacts.build(place, make) / "heard.csv", float_precision="round_trip")
+        parts.append(kept.set_index(own.index))
+    return given.join(pd.concat(parts)) if parts else given
+
+
 def score(predictions, model_name, split_name):
     """One row of 02_classifier.csv: accuracy with its Wilson interval, and macro-F1."""
     hits = int((predictions["predicted"] == predictions["trait"]).sum())

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import alignment, answers, intervals
+from lib import alignment, answers, classifier, intervals, paths
 from lib.errors import UserError
 
 TRAITS = ("openness", "extraversion", "neuroticism")
@@ -37,11 +37,28 @@ def correct(**by_method):
 
 
 def test_classified_as_target_and_cross_entropy():
-    found = alignment.voices(
-        given(("base", "openness", "a", "0.5 0.3 0.2"), ("base", "neuroticism", "a", "0.9 0.1 0")), Judge()
-    )
+    texts = given(("base", "openness", "a", "0.5 0.3 0.2"), ("base", "neuroticism", "a", "0.9 0.1 0"))
+    found = alignment.voices(classifier.predict(Judge(), texts))
     assert list(found["correct"]) == [True, False]
     assert list(found["ce"]) == pytest.approx([np.log(2), -np.log(1e-12)])
+
+
+def test_answers_are_read_by_the_classifier_once(monkeypatch, tmp_path):
+    rows = [("base", "openness", "a", "0.1 0.7 0.2"), ("peft", "openness", "a", "0.9 0.06 0.04")]
+    texts = given(rows[0], rows[1], ("base", "openness", "b", "0.123456789012345 0.3 0.576543210987655"))
+    texts.index = [7, 3, 5]  # as after a selection
+    settings, loads = SimpleNamespace(profile="tiny", seed=0), []
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    monkeypatch.setattr(classifier, "read_opinions", lambda settings: (None, None))
+    monkeypatch.setattr(classifier, "folder", lambda *args: tmp_path / "encoder-1")
+    monkeypatch.setattr(classifier, "trained", lambda *args: loads.append(1) or Judge())
+    first = classifier.heard(settings, texts)
+    pd.testing.assert_frame_equal(first, classifier.predict(Judge(), texts))
+    pd.testing.assert_frame_equal(classifier.heard(settings, texts), first)
+    assert len(loads) == 1
+    monkeypatch.setattr(classifier, "folder", lambda *args: tmp_path / "encoder-2")
+    classifier.heard(settings, texts)
+    assert len(loads) == 2  # another encoder reads anew
 
 
 def test_entropy_by_hand():
