@@ -41,6 +41,11 @@ def each(settings, function, arguments, show=True):
     return run(_Call(function), arguments, workers=min(processes(settings), len(arguments) or 1), show=show)
 
 
+def call(function, *arguments):
+    """`function(*arguments)`: jobs of several kinds share the processes by `each(settings, call, [(f, a), ...])`."""
+    return function(*arguments)
+
+
 class _Call:
     """A function that takes its arguments as one tuple."""
 

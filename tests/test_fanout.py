@@ -103,3 +103,9 @@ def test_functions_of_several_arguments_run_in_as_many_processes_as_the_profile_
         assert fanout.each(settings, add, [(1, 2), (3, 4), (5, 6)], show=False) == [3, 7, 11]
         assert fanout.each(settings, add, [], show=False) == []
     assert fanout.processes(settings) == 2
+
+
+def test_jobs_of_several_kinds_share_the_processes():
+    settings = profiles.load("smoke", overrides={"machine.processes": 2})
+    jobs = [(double, 4), (math.pow, 2, 3), (double, 1)]
+    assert fanout.each(settings, fanout.call, jobs, show=False) == [8, 8.0, 2]
