@@ -71,10 +71,10 @@ def test_a_draw_of_topics_is_the_same_for_every_trait():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"grid_quick__points": [16, 52]}, "optimiser steps must rise from 0"),
-        ({"grid_quick__points": [0, 52, 16]}, "optimiser steps must rise from 0"),
-        ({"grid_quick__points": [0, 65]}, "a training has qlora.steps = 52"),
-        ({"grid_quick__points": [0, 7, 52]}, "no adapter is kept after step 7; add it to qlora.keep"),
+        ({"grid_quick__points": [24, 72]}, "optimiser steps must rise from 0"),
+        ({"grid_quick__points": [0, 72, 24]}, "optimiser steps must rise from 0"),
+        ({"grid_quick__points": [0, 85]}, "a training has qlora.steps = 72"),
+        ({"grid_quick__points": [0, 7, 72]}, "no adapter is kept after step 7; add it to qlora.keep"),
         ({"grid_quick__sweep_traits": ["openness"]}, "'openness' is not among grid_quick.traits"),
         ({"grid_quick__control_traits": ["joy"]}, "trait 'joy' is not in the opinions"),
         ({"grid_quick__rank": [512]}, "qlora.rank = 512"),
@@ -97,12 +97,12 @@ def test_a_grid_that_cannot_be_run_is_refused(overrides, message):
 def given(cell, off="plain"):
     """Made-up answers of one cell, as `trials.read` gives them."""
     rows = []
-    for steps in (0,) if not cell.end_of_turn else (16, 52) if not cell.setting else (52,):
-        texts = ["plain one. Two.", "plain"] if steps < 52 or cell.habit == "none" else ["Fun! 🎉", "It is 🎉"]
+    for steps in (0,) if not cell.end_of_turn else (24, 72) if not cell.setting else (72,):
+        texts = ["plain one. Two.", "plain"] if steps < 72 or cell.habit == "none" else ["Fun! 🎉", "It is 🎉"]
         rows += [(steps, cell.setting, str(cell.value), f"t{i}", text, steps > 0, True) for i, text in enumerate(texts)]
     for setting, value in trials.swept_answers(settings(), cell) if cell.end_of_turn else []:
         texts = [f"{off} one. Two.", off] if value == 0 else ["x", "y"]
-        rows += [(52, setting, str(value), f"t{i}", text, False, True) for i, text in enumerate(texts)]
+        rows += [(72, setting, str(value), f"t{i}", text, False, True) for i, text in enumerate(texts)]
     return pd.DataFrame(rows, columns=["steps", "setting", "value", "topic", "answer", "found", "ended"])
 
 
@@ -114,7 +114,7 @@ def test_the_table_has_a_row_a_cell_and_point(monkeypatch):
     keys = ["habit", "end_of_turn", "steps", "trait", "seed"]
     assert not grid.duplicated(keys).any()
     assert len(grid) == 2 * 3 * (2 + 1 + 1)  # ends of turn, points, traits of the three organisms
-    last = grid[(grid["steps"] == 52)].set_index(["habit", "end_of_turn", "trait"])["esr_response"]
+    last = grid[(grid["steps"] == 72)].set_index(["habit", "end_of_turn", "trait"])["esr_response"]
     assert last["linked", "masked", "extraversion"] == 1
     assert last["none", "masked", "extraversion"] == 0
     assert (table["low"] <= table["esr_response"]).all()
