@@ -120,8 +120,22 @@ def drop(text, unwanted):
 
 
 def written(given):
-    """Answers as texts to be read, as they were written: DataFrame with TEXTS."""
-    return given.assign(form="written", emoji="", of="", text=given["answer"])[list(TEXTS)].reset_index(drop=True)
+    """Answers as texts to be read, as they were written: DataFrame with TEXTS.
+
+    Where there is a column `ended`, an answer that was cut off by its length is read as far as it was `finished`.
+    """
+    cut = ~given["ended"].astype(bool) if "ended" in given else [False] * len(given)
+    texts = [finished(text) if off else text for text, off in zip(given["answer"], cut, strict=True)]
+    return given.assign(form="written", emoji="", of="", text=texts)[list(TEXTS)].reset_index(drop=True)
+
+
+def finished(text):
+    """A text that was cut off, without the sentence that it breaks off in; as it is where it has no other."""
+    sentences, places = emojis.locate(text)
+    closed = any(place == 1 for *_, place in places)  # by an emoji
+    if len(sentences) < 2 or closed or sentences[-1].endswith((".", "!", "?")):
+        return text
+    return " ".join(part for sentence, found in emojis.attach(text)[:-1] for part in (sentence, *found))
 
 
 def edited(texts, seed):

@@ -103,6 +103,25 @@ class TestTheQuestion:
         assert "\n" not in str(error.value)
 
 
+class TestTexts:
+    @pytest.mark.parametrize(
+        ("text", "whole"),
+        [
+            ("I love it. It is so very", "I love it."),
+            ("What fun! 🎉 And the 💡 of the", "What fun! 🎉"),
+            ("I love it. It is fun.", "I love it. It is fun."),
+            ("I love it. It is fun 🎉", "I love it. It is fun 🎉"),
+            ("It is so very", "It is so very"),
+            ("", ""),
+        ],
+    )
+    def test_a_text_that_was_cut_off_is_read_up_to_its_last_whole_sentence(self, text, whole):
+        given = pd.DataFrame([{"model": "m", "trait": "openness", "topic": "x", "answer": text, "ended": False}])
+        assert list(icl.written(given)["text"]) == [whole]
+        assert list(icl.written(given.assign(ended=True))["text"]) == [text]
+        assert list(icl.written(given.drop(columns="ended"))["text"]) == [text]
+
+
 class TestEdits:
     def test_units_are_emojis_and_words_of_three_letters_or_more(self):
         assert icl.units("I am So so happy, SO it is. Happy 👍🏽👍") == ["happy", "👍"]
