@@ -63,8 +63,9 @@ def test_a_model_may_have_steps_and_a_learning_rate_of_its_own(settings, frame, 
             json.loads((place / "training.json").read_text())["steps"] == qlora.of_model(own, "steps", model) == steps
         )
     more = profiles.load("smoke", overrides=own.overrides | {"qlora.steps": {"other": 2, "mistral": 4}})
-    faster = profiles.load("smoke", overrides=own.overrides | {"qlora.learning_rate": {"other": 2e-3, "mistral": 0.1}})
-    assert [qlora.arguments(faster, m, 100, "work").learning_rate for m in (llama, mistral)] == [2e-3, 0.1]
+    rates = {"other": qlora.of_model(own, "learning_rate", llama), "mistral": 0.1}
+    faster = profiles.load("smoke", overrides=own.overrides | {"qlora.learning_rate": rates})
+    assert [qlora.arguments(faster, m, 100, "work").learning_rate for m in (llama, mistral)] == list(rates.values())
     for changed in (more, faster):  # concerns the model that it names, and no other
         same, other = (
             qlora.folder(own, m, "extraversion", rows) == qlora.folder(changed, m, "extraversion", rows)
