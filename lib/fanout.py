@@ -36,14 +36,12 @@ def processes(settings):
 
 
 def each(settings, function, arguments, show=True):
-    """`function(*a)` of every tuple of arguments, in their order, in `processes(settings)` processes; see `run`."""
+    """`function(*a)` of every tuple of arguments, in their order, in `processes(settings)` processes; see `run`.
+
+    Jobs of several kinds share the processes with `operator.call` as function, each job's own the first argument.
+    """
     arguments = list(arguments)
     return run(_Call(function), arguments, workers=min(processes(settings), len(arguments) or 1), show=show)
-
-
-def call(function, *arguments):
-    """`function(*arguments)`: jobs of several kinds share the processes by `each(settings, call, [(f, a), ...])`."""
-    return function(*arguments)
 
 
 class _Call:

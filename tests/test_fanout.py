@@ -1,6 +1,7 @@
 """Fan-out keeps order, bounds threads and passes errors on, here and through submitit."""
 
 import math
+import operator
 import os
 import signal
 import subprocess
@@ -108,4 +109,4 @@ def test_functions_of_several_arguments_run_in_as_many_processes_as_the_profile_
 def test_jobs_of_several_kinds_share_the_processes():
     settings = profiles.load("smoke", overrides={"machine.processes": 2})
     jobs = [(double, 4), (math.pow, 2, 3), (double, 1)]
-    assert fanout.each(settings, fanout.call, jobs, show=False) == [8, 8.0, 2]
+    assert fanout.each(settings, operator.call, jobs, show=False) == [8, 8.0, 2]
