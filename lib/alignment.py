@@ -10,14 +10,13 @@ from collections import Counter
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom
+from scipy.stats import binom, chi2, f
 from statsmodels.stats.multitest import multipletests
 
 from lib import answers, artifacts, big5, emojis, hub, intervals, mend, paths, qlora
 from lib.errors import UserError
 
 COLUMNS = ("model", "method", "trait", "n", "ta", "ta_low", "ta_high", "pae", "es", "dd", "tpei", "coherent")
-GROUP = ["model", "method", "trait"]
 LEVEL = 0.05  # of the tests, after Holm
 VERDICTS = ("holds", "does not hold", "undecided here")
 
@@ -145,20 +144,10 @@ def against_base(given):
 
 def _numbered(given):
     """With a column copy: 0, or 1, 2 ... where a question comes again, so that rows pair one to one."""
-    return given.assign(copy=given.groupby([*GROUP, "topic"], sort=False).cumcount())
+    return given.assign(copy=given.groupby([*answers.GROUP, "topic"], sort=False).cumcount())
 
 
 # --- one value a model, method and trait
-
-
-def groups(given):
-    """((model, method, trait), rows): models as they come, methods from base to peft, traits O C E A N."""
-    for model in given["model"].unique():
-        own = given[given["model"] == model]
-        for method in [m for m in answers.METHODS if m in set(own["method"])]:
-            of_method = own[own["method"] == method]
-            for trait in big5.ordered(of_method["trait"]):
-                yield (model, method, trait), of_method[of_method["trait"] == trait]
 
 
 def table(given):
@@ -168,7 +157,7 @@ def table(given):
     another topic's reference text, nats (Mao et al. 2023).
     """
     found = []
-    for key, rows in groups(given):
+    for key, rows in answers.groups(given):
         ta = intervals.wilson(int(rows["correct"].sum()), len(rows))
         means = (rows[c].mean() for c in ("pae", "es", "kl", "tpei", "coherent"))
         found.append((*key, len(rows), *ta, *means))
@@ -178,12 +167,12 @@ def table(given):
 def leakage(given):
     """Which trait is found where which was wanted: columns model, method, trait, predicted, share. Shares add to 1."""
     found = []
-    for key, rows in groups(given):
+    for key, rows in answers.groups(given):
         shares = rows["predicted"].value_counts(normalize=True)
         found += [(*key, p, shares.get(p, 0.0)) for p in big5.ordered(given["trait"])]
         if rest := sum(v for p, v in shares.items() if p not in set(given["trait"])):
             found.append((*key, "another", rest))
-    return pd.DataFrame(found, columns=[*GROUP, "predicted", "share"])
+    return pd.DataFrame(found, columns=[*answers.GROUP, "predicted", "share"])
 
 
 # --- paired comparison
@@ -248,52 +237,51 @@ def superior(tests):
     return {"verdict": verdict, "traits": len(own), "peft_above": above, "ike_above": below, **means}
 
 
-def beyond_sampling(ta, n):
+def beyond_chance(ta, noise):
     """Standard deviation of TA over runs beyond what finite answers bring about, pooled over traits.
 
-    ta, n: lists over the traits of arrays (runs,): shares, and of how many answers. Of every trait the variance of its
-    shares minus the mean of p (1 - p) / (n - 1), the unbiased variance of a share; the root of the mean over traits, 0
-    where sampling explains it all.
+    ta: list over the traits of arrays (runs,). noise: of every trait the variance that chance brings about, as
+    `ike.shares` has it. The root of the mean over traits of variance minus noise, 0 where chance explains it all.
     """
-    own = [t.var(ddof=1) - (t * (1 - t) / np.maximum(k - 1, 1)).mean() for t, k in zip(ta, n, strict=True)]
-    return float(np.sqrt(max(0, np.mean(own))))
+    return float(np.sqrt(max(0, np.mean([t.var(ddof=1) - v for t, v in zip(ta, noise, strict=True)]))))
 
 
-def varies(prompts, seeds, seed, draws=2000):
+def varies(prompts, seeds):
     """The claim "IKE varies with its prompt", more than PEFT with its seed, for one model: a dictionary with `verdict`.
 
-    prompts: TA of IKE under every prompt, columns trait, wording, demonstrations, n, ta. seeds: TA of PEFT, columns
-    trait, seed, n, ta. Compared are the spreads of `beyond_sampling`. Rule: *holds* if the 95 % bootstrap interval of
-    their difference (runs resampled within traits) lies above 0, *does not hold* if IKE's spread is 0 or the interval
-    lies below 0, *undecided here* otherwise, also where a trait has one prompt or fewer than three seeds: a spread over
-    two cannot be resampled.
+    prompts: TA of IKE under every prompt, seeds: of PEFT under every seed, as from `ike.shares`. ratio: standard
+    deviation of the one over that of the other, pooled over traits, with the 95 % interval of an F test (low, high),
+    which takes TA as normal. Rule: *holds* if the interval lies above 1 and IKE's spread is also the larger one
+    `beyond_chance`; *does not hold* if it lies below 1, or if IKE's own standard deviation has an interval
+    (chi-squared) below .05, too little to matter; *undecided here* otherwise, also where a trait has one prompt or
+    fewer than three seeds.
     """
     parts = [_by_trait(prompts), _by_trait(seeds)]
-    ike, peft = (beyond_sampling(ta, n) if min(map(len, ta)) > 1 else np.nan for ta, n in parts)
-    drawn = [_redrawn(ta, n, np.random.default_rng((seed, i)), draws) for i, (ta, n) in enumerate(parts)]
-    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+    ike, peft = (beyond_chance(*part) if min(map(len, part[0])) > 1 else np.nan for part in parts)
+    (one, first), (two, second) = (_pooled(ta) for ta, _ in parts)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio, most = np.float64(one) / two, np.sqrt(one * first / chi2.ppf((1 - intervals.LEVEL) / 2, first))
+    low, high = (np.sqrt(ratio / f.ppf(t / 100, first, second)) for t in intervals.TAILS[::-1])
     runs = min(map(len, parts[1][0]))
-    sure = np.isfinite(ike - peft) and runs >= 3
-    verdict = VERDICTS[0 if sure and low > 0 else 1 if sure and (ike == 0 or high < 0) else 2]
+    sure = np.isfinite(high) and runs >= 3
+    verdict = VERDICTS[0 if sure and low > 1 and ike > peft else 1 if sure and (high < 1 or most < 0.05) else 2]
+    spread = {"ike_sd": ike, "peft_sd": peft, "ratio": float(np.sqrt(ratio)), "low": float(low), "high": float(high)}
     ta = prompts["ta"]
-    spread = {"ike_sd": float(ike), "peft_sd": float(peft), "low": float(low), "high": float(high), "seeds": runs}
-    return {"verdict": verdict, **spread, "ike_least": ta.min(), "ike_most": ta.max()}
+    return {"verdict": verdict, **spread, "seeds": runs, "ike_least": ta.min(), "ike_most": ta.max()}
 
 
 def _by_trait(table):
-    """Lists over the traits of the columns ta and n."""
+    """Of every trait the array of ta, and the noise: two lists."""
     own = [rows for _, rows in table.groupby("trait", sort=False)]
-    return [[rows[column].to_numpy() for rows in own] for column in ("ta", "n")]
+    return [rows["ta"].to_numpy() for rows in own], [rows["noise"].iloc[0] for rows in own]
 
 
-def _redrawn(ta, n, rng, draws):
-    """`beyond_sampling` of bootstrap samples of the runs: (draws,). A sample's variance is too small by (k - 1) / k."""
-    found = []
-    for t, k in zip(ta, n, strict=True):
-        pick = rng.integers(len(t), size=(draws, len(t)))
-        variance = t[pick].var(-1, ddof=1) if len(t) > 1 else np.full(draws, np.nan)
-        found.append(variance - (t[pick] * (1 - t[pick]) / np.maximum(k[pick] - 1, 1)).mean(-1))
-    return np.sqrt(np.maximum(0, np.mean(found, axis=0)))
+def _pooled(ta):
+    """Mean over traits of the variance over runs, and its degrees of freedom (Satterthwaite 1946); NaN for one run."""
+    if min(map(len, ta)) < 2:
+        return np.nan, np.nan
+    own, less = np.array([t.var(ddof=1) for t in ta]), np.array([len(t) - 1 for t in ta])
+    return own.mean(), own.sum() ** 2 / max((own**2 / less).sum(), 1e-300)
 
 
 def gibberish(given, limit):

@@ -18,11 +18,22 @@ from lib.errors import UserError
 TEXTS = ("model", "method", "trait", "topic", "question", "answer")
 COLUMNS = (*TEXTS, "prompt_tokens", "new_tokens", "ended")
 METHODS = ("base", "prompt", "ike", "mend", "peft")
+GROUP = ["model", "method", "trait"]
 # of each method: the notebook that makes its answers; the settings, modules and files of data/prompts that shape them
 MAKERS = {
-    "base": ("03_qlora", ("chat",), ("cache", "chat", "hub"), ()),
-    "prompt": ("04_baselines", ("chat", "baselines", "ike"), ("cache", "chat", "hub", "ike"), ("personas.toml",)),
-    "ike": ("04_baselines", ("chat", "baselines", "ike"), ("cache", "chat", "hub", "ike", "encoders"), ("ike.toml",)),
+    "base": ("03_qlora", ("chat",), ("cache", "chat", "hub", "qlora"), ()),
+    "prompt": (
+        "04_baselines",
+        ("chat", "baselines", "ike"),
+        ("cache", "chat", "hub", "qlora", "ike"),
+        ("personas.toml",),
+    ),
+    "ike": (
+        "04_baselines",
+        ("chat", "baselines", "ike"),
+        ("cache", "chat", "hub", "qlora", "ike", "encoders"),
+        ("ike.toml",),
+    ),
     "mend": (
         "04_baselines",
         ("chat", "baselines", "mend"),
@@ -176,3 +187,13 @@ def _row(path, line, header, values):
         "trait": row["trait"],
         "answer": row["answer"],
     }
+
+
+def groups(given):
+    """((model, method, trait), rows): models as they come, methods from base to peft, traits O C E A N."""
+    rank = {m: i for i, m in enumerate(METHODS)}
+    for model, of_model in given.groupby("model", sort=False):
+        for method in sorted(of_model["method"].unique(), key=lambda m: rank.get(m, len(rank))):
+            rows = of_model[of_model["method"] == method]
+            for trait in big5.ordered(rows["trait"]):
+                yield (model, method, trait), rows[rows["trait"] == trait]

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import psutil
+
 from lib.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -87,7 +89,7 @@ def build(folder, make):
     if intact(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}.", dir=folder.parent))
     try:
         make(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
@@ -98,6 +100,13 @@ def build(folder, make):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return folder
+
+
+def abandoned(parent):
+    """The temporary folders in `parent` whose process has ended without removing them: a list of Paths."""
+    found = [p for p in Path(parent).glob(".*.*") if p.is_dir()]
+    owners = [p.name.split(".")[-2] for p in found]  # as `build` names them
+    return [p for p, o in zip(found, owners, strict=True) if not (o.isdecimal() and psutil.pid_exists(int(o)))]
 
 
 def write_csv(frame, path):

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from lib import artifacts, big5, chat, emojis, hub, icl, intervals, likelihood, paths, qlora
 
-COLUMNS = ("topic", "token", "is_emoji", "occlusion", "gradient")
+COLUMNS = ("topic", "copy", "token", "is_emoji", "occlusion", "gradient")
+TEXT = ["trait", "topic", "copy"]  # by which a model's texts are told apart
 
 
 def log_odds(speaker, items, at=None):
@@ -80,6 +81,11 @@ def _places(speaker, question, text):
     return list(found.values())
 
 
+def numbered(readings):
+    """With a column copy: 0, or 1, 2 ... where a model has several texts of a trait on one topic."""
+    return readings.assign(copy=readings.groupby(["model", "trait", "topic"], sort=False).cumcount())
+
+
 def of_readings(settings, model, reader, chosen, rows, loaded=None, show=True):
     """Both attributions of every nameable token of texts: DataFrame with trait and COLUMNS, an artefact a trait.
 
@@ -114,8 +120,8 @@ def explain(settings, speaker, model, chosen):
     lost = occlusion(speaker, ask, texts, words, settings.icl.batch_tokens)
     slope = gradient(speaker, ask, texts, words, max(64, settings.icl.batch_tokens // 8))
     found = [
-        (topic, unit, emojis.is_emoji(unit), a, b)
-        for topic, text, one, two in zip(chosen["topic"], texts, lost, slope, strict=True)
+        (topic, copy, unit, emojis.is_emoji(unit), a, b)
+        for topic, copy, text, one, two in zip(chosen["topic"], chosen["copy"], texts, lost, slope, strict=True)
         for unit, a, b in zip(icl.units(text), one, two, strict=True)
     ]
     return pd.DataFrame(found, columns=list(COLUMNS))
@@ -125,10 +131,10 @@ def folder(settings, model, reader, trait, chosen, place):
     """Where the attributions of a trait's texts are kept; model, adapter, question, texts and code decide the name."""
     from pathlib import Path
 
-    code = [artifacts.code(m) for m in ("chat", "hub", "likelihood", "icl", "attribution")]
+    code = [artifacts.code(m) for m in ("chat", "hub", "qlora", "likelihood", "icl", "emojis", "attribution")]
     shaped = [settings.chat.precision, settings.icl.batch_tokens, icl.wording(settings, model)]
     who = [hub.identity(model), place and Path(place).name]
-    mark = artifacts.fingerprint(shaped, code, who, chosen[["topic", "text", "named"]].to_csv(index=False))
+    mark = artifacts.fingerprint(shaped, code, who, chosen[["topic", "copy", "text", "named"]].to_csv(index=False))
     return paths.RESULTS / settings.profile / f"attribution-{hub.label(model)}-{reader}-{trait}-{mark}"
 
 
@@ -162,8 +168,11 @@ def agreement(texts, seed, draws=1000):
 
 
 def marked(table, readings):
-    """Attributions with a column named: whether the token is among those that the reply of its text names."""
-    keys = ["model", "trait", "topic"]
+    """Attributions with a column named: whether the token is among those that the reply of its text names.
+
+    readings: those attributed, as `numbered` has them.
+    """
+    keys = ["model", "trait", "topic", "copy"]
     said = dict(zip(map(tuple, readings[keys].to_numpy()), readings["tokens"], strict=True))
     rows = zip(map(tuple, table[keys].to_numpy()), table["token"], strict=True)
     return table.assign(named=[token in said.get(key, ()) for key, token in rows])
@@ -178,7 +187,7 @@ def agreements(table, seed, draws=1000):
     for model, of_model in table.groupby("model", sort=False):
         for method in ("occlusion", "gradient"):
             for kind, own in (("all", of_model), ("words", of_model[~of_model["is_emoji"].astype(bool)])):
-                texts = [(g[method], g["named"]) for _, g in own.groupby(["trait", "topic"], sort=False)]
+                texts = [(g[method], g["named"]) for _, g in own.groupby(TEXT, sort=False)]
                 row = {"model": model, "method": method, "tokens": kind}
                 found.append(row | agreement(texts, seed, draws))
     return pd.DataFrame(found, columns=["model", "method", "tokens", "n", "auc", "low", "high", "p"])
@@ -192,7 +201,7 @@ def effects(table, seed, draws=1000):
     """
     found = []
     for model, of_model in table.groupby("model", sort=False):
-        texts = [g for _, g in of_model.groupby(["trait", "topic"], sort=False) if 0 < g["is_emoji"].sum() < len(g)]
+        texts = [g for _, g in of_model.groupby(TEXT, sort=False) if 0 < g["is_emoji"].sum() < len(g)]
         split = [(g["occlusion"][g["is_emoji"]].mean(), g["occlusion"][~g["is_emoji"]].mean()) for g in texts]
         top = [bool(g["is_emoji"].loc[g["occlusion"].idxmax()]) for g in texts]
         if not texts:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Trait:
     name: str  # lower case, as in every table
-    letter: str
     definition: str
     adjectives: tuple[str, ...]
     colour: str  # hex, the same in every figure
@@ -19,35 +18,30 @@ class Trait:
 TRAITS = (
     Trait(
         "openness",
-        "O",
         "seeks new ideas, art and experience for their own sake",
         ("imaginative", "curious", "creative", "artistic", "reflective", "unconventional"),
         "#0072B2",
     ),
     Trait(
         "conscientiousness",
-        "C",
         "plans, keeps order and finishes what was begun",
         ("organized", "thorough", "careful", "disciplined", "dutiful", "efficient"),
         "#009E73",
     ),
     Trait(
         "extraversion",
-        "E",
         "seeks company, activity and excitement, and says so",
         ("energetic", "talkative", "assertive", "cheerful", "adventurous", "sociable"),
         "#E69F00",
     ),
     Trait(
         "agreeableness",
-        "A",
         "trusts, helps and gives way to others",
         ("kind", "trusting", "cooperative", "modest", "sympathetic", "honest"),
         "#CC79A7",
     ),
     Trait(
         "neuroticism",
-        "N",
         "feels threat, anger and sadness sooner and longer",
         ("anxious", "irritable", "moody", "self-conscious", "insecure", "tense"),
         "#D55E00",

@@ -55,6 +55,11 @@ class Chat:
         return set(inspect.signature(base.forward).parameters)
 
     @cached_property
+    def context(self):
+        """Tokens that the model takes at once, or None where its configuration does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
     def emoji_tokens(self):
         """Ids of the tokens that begin an emoji, as `emoji_mass` defines them."""
         return [i for i, b in _token_bytes(self.tokenizer) if _begins_emoji(b)]
@@ -272,7 +277,7 @@ def _encode(chat, texts):
 
 
 def _check_lengths(chat, rows, new):
-    limit = getattr(chat.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = chat.context
     longest = max(range(len(rows)), key=lambda i: len(rows[i]), default=None)
     if limit and rows and len(rows[longest]) + new > limit:
         raise UserError(

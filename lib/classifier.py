@@ -13,26 +13,37 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupShuffleSplit
 
 from lib import artifacts, emojis, encoders, finetune, intervals, opinions, paths, tfidf
+from lib.errors import UserError
 from lib.finetune import Encoder
 from lib.tfidf import Tfidf
 
 
 def split(frame, share, seed):
-    """Split train rows into (fit, validation) by topic, so that no topic is in both."""
+    """Split train rows into (fit, validation) by topic, so that no topic is in both. Raises UserError."""
     splitter = GroupShuffleSplit(1, test_size=share, random_state=seed)
-    fit, held = next(splitter.split(frame, groups=frame["topic"]))
+    try:
+        fit, held = next(splitter.split(frame, groups=frame["topic"]))
+    except ValueError:  # one side would be empty
+        raise UserError(
+            f"train topics: {frame['topic'].nunique()} cannot be split with a held-out share of {share:g}; give more "
+            "(opinions.train_topics), or another classifier.validation_share (of tuning and MEND: held_out_share)"
+        ) from None
     return frame.iloc[np.sort(fit)], frame.iloc[np.sort(held)]
 
 
 def folder(kind, settings, rows, seed):
     """Where a trained classifier of `kind` ("tfidf", "encoder") on these rows is kept."""
+    from lib import classifier
+
     digest = hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()
     linear = kind == "tfidf"
     values = settings.classifier.model_dump(mode="json")
     own = {k: v for k, v in values.items() if "curve" not in k and k.startswith("tfidf") == linear}
     own["validation_share"] = values["validation_share"]
+    if not linear:
+        own["encoder"] = encoders.identity(values["encoder"])
     code = (tfidf, emojis) if linear else (finetune, encoders)  # every module that shapes the trained model
-    mark = artifacts.fingerprint(kind, own, digest, seed, *code)
+    mark = artifacts.fingerprint(kind, own, digest, seed, classifier, *code)
     return paths.RESULTS / settings.profile / f"{kind}-{mark}"
 
 
@@ -123,13 +134,14 @@ def curve_c(settings):
 def learning_curve(kind, settings, rows, test, sizes, seeds):
     """Test accuracy after training on the rows of so many topics: columns model, topics, seed, accuracy.
 
-    TF-IDF keeps the regularisation in the middle of the profile's candidates, so that a point costs one fit.
+    seeds: how many trainings a point, the first with the run's own seed. TF-IDF keeps the regularisation in the middle
+    of the profile's candidates, so that a point costs one fit.
     """
     fixed = settings.classifier.model_copy(update={"tfidf_c": [curve_c(settings.classifier)]})
     settings = settings.model_copy(update={"classifier": fixed})
     found = []
     for size in sizes:
-        for seed in range(seeds):
+        for seed in range(settings.seed, settings.seed + seeds):
             topics = rows["topic"].drop_duplicates().sample(size, random_state=seed)
             model = train(kind, settings, rows[rows["topic"].isin(topics)], seed)
             hits = predict(model, test)

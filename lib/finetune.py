@@ -55,7 +55,11 @@ class Encoder:
         return items
 
     def fit(self, train, validation, seed, folder):
-        """Fine-tune on `train`; returns self. `folder`: where checkpoints go, so that a stopped run resumes."""
+        """Fine-tune on `train`; returns self. `folder`: where checkpoints go, so that a stopped run resumes.
+
+        Raises UserError where the encoder cannot be fine-tuned with these settings.
+        """
+        encoders.check(self.settings.encoder, self.settings.token_dropout)
         set_seed(seed)
         path = encoders.place(self.settings.encoder)
         self.traits = big5.ordered(train["trait"])
@@ -72,8 +76,8 @@ class Encoder:
         return self
 
     def freeze(self, layers):
-        """Leave the embeddings and the lowest `layers` layers as pretrained."""
-        stack = self.model.body.encoder.layer
+        """Leave the embeddings and the lowest `layers` layers as pretrained. Raises UserError."""
+        stack = encoders.stack(self.model.body)
         if layers > len(stack):
             raise UserError(f"classifier.frozen_layers = {layers}: the encoder has {len(stack)} layers; give fewer")
         for part in (self.model.body.embeddings, *stack[:layers]):

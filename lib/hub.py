@@ -55,9 +55,8 @@ def identity(name):
     path = Path(name).expanduser()
     if not path.is_dir():
         return str(name)
-    files = sorted(
-        p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".jinja") and p.name != "log.json"
-    )
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    files = sorted(p for p in path.iterdir() if p.suffix in kinds and p.name != "log.json")
     return [label(name), *((p.name, artifacts.digest(p)) for p in files)]
 
 
@@ -150,3 +149,10 @@ def render(tokenizer, turns, answered=False):
     # enable_thinking: templates of reasoning models ask for it, others ignore it
     settings = {"tokenize": False, "add_generation_prompt": not answered, "enable_thinking": False}
     return tokenizer.apply_chat_template(turns, **settings) if turns else []
+
+
+def tail(tokenizer):
+    """What a chat template writes after an answer: str, the end of the turn and whatever follows."""
+    marker = "an answer whose end is looked for"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
+    return render(tokenizer, [turns], answered=True)[0].rpartition(marker)[2]

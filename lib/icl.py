@@ -226,7 +226,7 @@ def folder(settings, model, reader, trait, texts, place):
 
     c, i = settings.chat, settings.icl
     shaped = [settings.seed, c.precision, c.temperature, c.top_p, i.max_new_tokens, i.tries, wording(settings, model)]
-    code = [artifacts.code(m) for m in ("cache", "chat", "hub", "icl")]
+    code = [artifacts.code(m) for m in ("cache", "chat", "hub", "emojis", "icl")]
     who = [hub.identity(model), place and Path(place).name]
     mark = artifacts.fingerprint(shaped, code, who, texts.to_csv(index=False))
     return paths.RESULTS / settings.profile / f"readings-{hub.label(model)}-{reader}-{trait}-{mark}"

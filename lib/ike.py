@@ -205,11 +205,11 @@ def varied(settings):
 
 
 def sensitivity(settings, model, wording, rows, train, judge, show=True):
-    """TA under one wording with every demonstration set: DataFrame with KEYS, n, ta. Raises UserError.
+    """Answers under one wording with every demonstration set: DataFrame with KEYS, item, hit. Raises UserError.
 
-    TA: the share of n answers that the classifier `judge` assigns to the target trait. Measured on `limited` rows. The
-    answers under a wording are asked together and are an artefact: an interruption loses those of one wording. Every
-    prompt is asked with the same random draws.
+    hit: whether the classifier `judge` assigns an answer to its target trait; `shares` makes TA of it. item: which of
+    the `limited` rows of the trait was answered. The answers under a wording are asked together and are an artefact: an
+    interruption loses those of one wording. Every prompt is asked with the same random draws.
     """
     check(settings, rows, train)
     rows, parts = limited(settings, rows), []
@@ -222,11 +222,11 @@ def sensitivity(settings, model, wording, rows, train, judge, show=True):
         return ask(settings, loaded, "ike", asked, asked["put"], show, within=("trait", "demonstrations"))
 
     given = _keep(settings, model, [hub.identity(model), list(asked["put"])], make)
-    return _shares(given.assign(wording=wording, demonstrations=asked["demonstrations"]), judge, KEYS)
+    return _hits(given.assign(wording=wording, demonstrations=asked["demonstrations"]), judge, KEYS)
 
 
 def seeds(settings, model, rows, train, judge, show=True):
-    """TA of adapters that differ in their seed only: DataFrame with model, seed, trait, n, ta. Raises UserError.
+    """Answers of adapters that differ in their seed only: DataFrame with model, seed, trait, item, hit.
 
     The counterpart of `sensitivity`, on the same rows: each seed trains an adapter a trait (those of the run's own seed
     are notebook 03's) and samples its answers.
@@ -246,7 +246,7 @@ def seeds(settings, model, rows, train, judge, show=True):
 
             given = _keep(own, model, [identity, adapter.name, list(some["question"])], make)
             parts.append(given.assign(seed=seed))
-    return _shares(pd.concat(parts), judge, ["model", "seed", "trait"])
+    return _hits(pd.concat(parts), judge, ["model", "seed", "trait"])
 
 
 def _keep(settings, model, what, make):
@@ -257,20 +257,34 @@ def _keep(settings, model, what, make):
     return answers.load(artifacts.build(place, lambda tmp: artifacts.write_csv(make(), tmp / "answers.csv")))
 
 
-def _shares(given, judge, keys):
+def _hits(given, judge, keys):
     found = classifier.predict(judge, given.reset_index(drop=True))
-    table = found.assign(hit=found["predicted"] == found["trait"]).groupby(keys, sort=False)["hit"]
-    return table.agg(n="size", ta="mean").reset_index()
+    return found[keys].assign(item=found.groupby(keys).cumcount(), hit=found["predicted"] == found["trait"])
+
+
+def shares(hits):
+    """TA of every prompt or seed: a row each, with the keys of hits (of `sensitivity` or `seeds`), n, ta, noise.
+
+    noise: what chance adds to the variance of TA over the runs of a model and trait: the mean square that is left of
+    runs x items when both means are taken away, over n (two-way analysis of variance). All runs answer the same items,
+    so it is less than p (1 - p) / n. NaN for one run or one item.
+    """
+    of, keys = ["model", "trait"], [c for c in hits if c not in ("item", "hit")]
+    y = hits.assign(y=hits["hit"].astype(float))
+    run, item, every = (y.groupby(by)["y"].transform("mean") for by in (keys, [*of, "item"], of))
+    left = ((y["y"] - run - item + every) ** 2).groupby([y[k] for k in of]).sum()
+    table = y.groupby(keys, sort=False)["y"].agg(n="size", ta="mean").reset_index()
+    runs, n = (table.groupby(of)["n"].agg(what) for what in ("size", "first"))
+    noise = left / ((runs - 1) * (n - 1) * n).replace(0, np.nan)
+    return table.join(noise.rename("noise"), on=of)
 
 
 def spread(table):
     """Spread of TA over prompts or seeds: DataFrame with model, trait, runs, mean, sd, least, most, chance.
 
-    table: of `sensitivity` or `seeds`. runs: how many prompts or seeds. sd: standard deviation over them. chance: the
-    one to expect if all were equally good, because answers are few: the root of the mean of p (1 - p) / (n - 1), an
-    unbiased estimate of the variance of a share of n. Topics that differ in difficulty make it less.
+    table: of `shares`. runs: how many prompts or seeds. sd: standard deviation over them. chance: the one to expect if
+    all were equally good, because answers are few: the root of `noise`.
     """
-    noise = table["ta"] * (1 - table["ta"]) / (table["n"] - 1)
-    groups = table.assign(noise=noise).groupby(["model", "trait"], sort=False)
+    groups = table.groupby(["model", "trait"], sort=False)
     found = groups["ta"].agg(runs="size", mean="mean", sd="std", least="min", most="max")
-    return found.assign(chance=np.sqrt(groups["noise"].mean())).reset_index()
+    return found.assign(chance=np.sqrt(groups["noise"].first())).reset_index()

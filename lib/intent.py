@@ -101,8 +101,7 @@ def _tail(values):
     """The ends of the middle 95 % of values, NaN left out."""
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
-    tail = 100 * (1 - intervals.LEVEL) / 2
-    return tuple(np.percentile(values, [tail, 100 - tail])) if len(values) else (float("nan"),) * 2
+    return tuple(np.percentile(values, intervals.TAILS)) if len(values) else (float("nan"),) * 2
 
 
 def association(readings, seed, draws=1000, most=15):

@@ -4,6 +4,7 @@ import numpy as np
 from statsmodels.stats.proportion import proportion_confint
 
 LEVEL = 0.95
+TAILS = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)  # percentiles between which draws are kept
 
 
 def wilson(successes, n):
@@ -24,6 +25,5 @@ def bootstrap(values, seed, draws=2000):
     rng = np.random.default_rng(seed)
     picks = rng.integers(len(values), size=(draws, len(values)))
     means = np.stack([values[p].mean(0) for p in picks])
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(means, [tail, 100 - tail], axis=0)
+    low, high = np.percentile(means, TAILS, axis=0)
     return values.mean(0), low, high

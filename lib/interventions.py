@@ -21,7 +21,6 @@ from lib import artifacts, cache, chat, emojis, hub, intervals, likelihood, medi
 from lib.errors import UserError
 
 DIRECTIONS = ("off", "on")
-KINDS = ("selected", "changed", "random", "all")
 COLUMNS = ("model", "trait", "intervention", "neurons", "k", "esr_response", "low", "high", "perplexity")
 
 

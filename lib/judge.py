@@ -18,8 +18,10 @@ from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 
 from lib import artifacts, big5, encoders, endpoint, hub, opinions, paths
+from lib.errors import UserError
 
 PROMPTS = paths.ROOT / "data" / "prompts" / "pae.toml"
+PARTS = ("system", "question", "reminder", "sentences", "person")
 RIDGE = 1.0  # penalty on the calibration's squared weights; a hundred times more or less hardly matters
 PIECE = 1024  # texts embedded between two moves of the progress bar
 
@@ -47,6 +49,7 @@ def check(settings, given, labelled):
     given: answers, each for its own trait; labelled: rows for `validity` and `sensitivity`, each for every trait.
     """
     judge = settings.judge
+    _prompts()
     if judge.kind == "local":
         hub.check(judge.model)
     if judge.kind == "openai":
@@ -104,7 +107,13 @@ def sensitivity(settings, rows, each=3, show=True):
 
 
 def _prompts():
-    return tomllib.loads(PROMPTS.read_text("utf-8"))
+    """data/prompts/pae.toml as a dictionary. Raises UserError."""
+    where = f"data/prompts/{PROMPTS.name}"
+    with hub.refusal(f"{where}: cannot be read", "mend that line, or restore the file"):
+        found = tomllib.loads(PROMPTS.read_text("utf-8"))
+    if missing := [name for name in PARTS if name not in found]:
+        raise UserError(f"{where}: has no {missing[0]}; restore it")
+    return found
 
 
 def _question(prompts, text, trait):

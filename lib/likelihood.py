@@ -23,7 +23,7 @@ def encode(speaker, questions, texts):
     items = qlora.encode(
         speaker.tokenizer, pd.DataFrame({"question": list(questions), "answer": list(texts)}), None, False
     )
-    limit = getattr(speaker.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = speaker.context
     for i, item in enumerate(items):
         if limit and len(item["input_ids"]) > limit:
             raise UserError(

@@ -37,7 +37,8 @@ def prefixes(speaker, question, text):
     asked = hub.render(speaker.tokenizer, [[{"role": "user", "content": question}]])[0]
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": bare}]
     whole = hub.render(speaker.tokenizer, [turns], answered=True)[0]
-    start = whole.rindex(bare.strip(), len(asked.rstrip())) - (len(bare) - len(bare.lstrip()))
+    tail = len(hub.tail(speaker.tokenizer))
+    start = whole.rindex(bare.strip(), len(asked.rstrip()), len(whole) - tail) - (len(bare) - len(bare.lstrip()))
     return speaker.tokenizer([whole[: start + end] for end in ends], add_special_tokens=False)["input_ids"]
 
 
@@ -73,7 +74,7 @@ def blank_token(tokenizer):
 
 
 def _check_length(speaker, number, rows):
-    limit = getattr(speaker.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = speaker.context
     longest = max(map(len, rows), default=0) + 1  # the blank
     if limit and longest > limit:
         raise UserError(
@@ -240,8 +241,7 @@ def effects(ends, model, seed, draws=2000, last=True):
         p = by_question(ends, trait, last=last)
         drawn = _resampled(p, seed, draws)
         values, spread = _decomposed(p.mean(0)), _decomposed(drawn)
-        tail = 100 * (1 - intervals.LEVEL) / 2
-        bounds = {k: np.nanpercentile(v, [tail, 100 - tail]) for k, v in spread.items() if np.isfinite(v).any()}
+        bounds = {k: np.nanpercentile(v, intervals.TAILS) for k, v in spread.items() if np.isfinite(v).any()}
         none = bounds["total"][0] <= 0 <= bounds["total"][1]
         for name, value in values.items():
             low, high = bounds.get(name, (np.nan, np.nan))

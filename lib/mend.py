@@ -17,7 +17,6 @@ a time trains within 24 GB. Weights in 4 bits cannot be edited.
 
 import json
 import re
-import resource
 import shutil
 import time
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from lib import answers, artifacts, big5, cache, chat, classifier, hub, opinions, paths, qlora
+from lib import answers, artifacts, big5, cache, chat, classifier, hardware, hub, opinions, paths, qlora
 from lib.errors import UserError
 
 MEASURES = ("edit", "unlikelihood", "locality", "before", "after")  # of one item, each a mean over tokens
@@ -428,8 +427,6 @@ class Training:
 
     def record(self, began):
         """What is worth knowing of a training: curves, edit learning rates, parameters, memory, time."""
-        gpu = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "curves": {"train": self.state["train"], "validation": self.state["validation"]},
             "steps": self.state["step"],
@@ -438,7 +435,7 @@ class Training:
             "parameters": sum(p.numel() for p in self.editor.parameters()),
             "held_out_items": len(self.held),
             "seconds": round(time.monotonic() - began, 1),
-            "peak_gb": round(peak / 2**30, 2),
+            "peak_gb": round(hardware.peak_gb(), 2),
         }
 
 
@@ -506,7 +503,7 @@ def edited(loaded, editor, question, target_answer):
     In bf16 an edit is rounded with the weights, and a small one may be lost: `applied` loses none.
     """
     rows = pd.DataFrame({"question": [question], "answer": [target_answer]})
-    edits = editor.edits(encode(loaded.tokenizer, rows, _limit(loaded)))
+    edits = editor.edits(encode(loaded.tokenizer, rows, loaded.context))
     kept = {name: layer.weight.detach().clone() for name, layer in editor.layers.items()}
     try:
         with torch.no_grad():
@@ -520,10 +517,6 @@ def edited(loaded, editor, question, target_answer):
                 editor.layers[name].weight.copy_(before)
 
 
-def _limit(loaded):
-    return getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def log_probability(loaded, editor, rows, texts=None, batch_size=16):
     """Before and after each row's own edit: DataFrame with columns before, after, kl, a row an edit.
 
@@ -531,8 +524,8 @@ def log_probability(loaded, editor, rows, texts=None, batch_size=16):
     without it the targets themselves. before, after: mean token log-probability of the answer; kl: mean token
     KL(before || after), nats: with texts of other topics the drawdown of PersonalityEdit (Mao et al. 2023).
     """
-    items = encode(loaded.tokenizer, rows, _limit(loaded))
-    scored = items if texts is None else encode(loaded.tokenizer, texts, _limit(loaded))
+    items = encode(loaded.tokenizer, rows, loaded.context)
+    scored = items if texts is None else encode(loaded.tokenizer, texts, loaded.context)
     found = []
     for start in range(0, len(items), batch_size):
         edits = editor.edits(items[start : start + batch_size])
@@ -587,7 +580,7 @@ def following(editor, items, batches):
 
 def ask(settings, loaded, editor, rows, show=True):
     """Answers to rows of one trait, each after an edit towards its own `answer`: DataFrame with `answers.COLUMNS`."""
-    items = encode(loaded.tokenizer, rows, _limit(loaded))
+    items = encode(loaded.tokenizer, rows, loaded.context)
     lengths = chat._encode(loaded, chat.prompts(loaded, rows["question"]))
     with following(editor, items, chat._batches(lengths, settings.chat.batch_size)):
         return qlora.ask(settings, loaded, "mend", rows, show)

@@ -62,7 +62,7 @@ def _first(points, mark, rng, draws):
         return float(emoji), float(voice), np.nan, np.nan, np.nan, "no emojis"
     if np.isnan(voice):
         return float(emoji), np.nan, np.nan, np.nan, np.nan, "cannot tell"
-    low, high = np.nanpercentile(emojis - voices, [2.5, 97.5])
+    low, high = np.nanpercentile(emojis - voices, intervals.TAILS)
     return float(emoji), float(voice), float(emoji - voice), low, high, _order(low, high)
 
 

@@ -6,8 +6,10 @@ Question, Answer. One row is one opinion; a topic belongs to train or to test, n
 
 import csv
 import difflib
+import hashlib
 import io
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from lib.errors import UserError
 COLUMNS = ("Target Personality", "Edit Topic", "Question", "Answer")
 NAMES = ("trait", "topic", "question", "answer")
 HUB_SECONDS = 20  # to wait for the hub before saying that it cannot be reached
+_loaded = {}  # digest of the rows that this process last read from the hub, by section
 
 
 def _text(path):
@@ -63,8 +66,12 @@ def read_csv(path):
         raise UserError(f"{path}, row {line}: not CSV ({error}); check the quotes in this row") from None
     if not rows:
         raise UserError(f"{path}: no rows below the header; add a row an opinion")
-    frame = pd.DataFrame(rows).rename(columns=dict(zip(COLUMNS, NAMES, strict=True)))
-    return frame[[*NAMES, "row"]].assign(file=str(path))
+    return _named(pd.DataFrame(rows)[[*COLUMNS, "row"]]).assign(file=str(path))
+
+
+def _named(frame):
+    """Published column names made short. frame: without other columns, one of which may be called `topic`."""
+    return frame.rename(columns=dict(zip(COLUMNS, NAMES, strict=True)))
 
 
 def _check_header(path, header):
@@ -97,7 +104,7 @@ def read_hub(settings):
         frame = loaded[split].to_pandas()
         label = f"{name}/{split}"
         _check_header(label, list(frame.columns))
-        frame = frame.rename(columns=dict(zip(COLUMNS, NAMES, strict=True)))[list(NAMES)].fillna("")
+        frame = _named(frame[list(COLUMNS)]).fillna("")
         frames[split] = frame.assign(row=np.arange(len(frame)) + 2, file=label)
     return frames["train"], frames["test"]
 
@@ -182,24 +189,52 @@ def load(settings):
     check(train, test, settings.allow_emoji)
     train, test = _first_topics(train, settings.train_topics), _first_topics(test, settings.test_topics)
     both = pd.concat([train.assign(split="train"), test.assign(split="test")], ignore_index=True)
-    return both.assign(file=both["file"].map(os.path.basename))
+    both = both.assign(file=both["file"].map(os.path.basename))
+    if settings.source == "hub":
+        _loaded[settings] = hashlib.sha256(_csv(both)).hexdigest()
+    return both
 
 
 def fingerprint(settings):
-    """Identity of the loaded rows: contents of the files, or hub id and revision, and the limits."""
+    """Identity of the rows: contents of the files, or of the rows from the hub, the limits and the code.
+
+    What the hub has may change under one revision's name, so the rows count: those that are kept, and those that this
+    process has read. Where they differ a notebook has yet to be made from the new ones.
+    """
+    s, origin = settings.opinions, _origin(settings)
+    if s.source == "files":
+        return origin
+    kept = folder(settings) / "opinions.csv"
+    rows = {artifacts.digest(kept)} if kept.exists() else set()
+    return artifacts.fingerprint(origin, sorted(rows | {_loaded.get(s)} - {None}))
+
+
+def _origin(settings):
+    """What can be known of the rows' identity without reaching the hub and before they are kept."""
+    from lib import opinions
+
     s = settings.opinions
     origin = [s.hub_id, s.hub_revision] if s.source == "hub" else [Path(s.train), Path(s.test)]
-    return artifacts.fingerprint(*origin, s.train_topics, s.test_topics, s.allow_emoji)
+    return artifacts.fingerprint(*origin, s.train_topics, s.test_topics, s.allow_emoji, opinions)
 
 
 def folder(settings):
-    """Where notebook 01 keeps the checked rows that later notebooks read."""
-    return paths.RESULTS / settings.profile / f"opinions-{fingerprint(settings)}"
+    """Where notebook 01 keeps the checked rows that later notebooks read, with the hub in reach or not."""
+    return paths.RESULTS / settings.profile / f"opinions-{_origin(settings)}"
+
+
+def _csv(frame):
+    """Rows as the bytes of a CSV file; texts in quotes, since a lone carriage return would else end the row."""
+    return frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()
 
 
 def save(settings, frame):
-    """Keep checked rows as the artefact `opinions`; returns its folder."""
-    return artifacts.build(folder(settings), lambda tmp: frame.to_csv(tmp / "opinions.csv", index=False))
+    """Keep checked rows as the artefact `opinions`, in place of others that the hub once had; returns its folder."""
+    place, rows = folder(settings), _csv(frame)
+    kept = place / "opinions.csv"
+    if kept.exists() and kept.read_bytes() != rows:
+        shutil.rmtree(place)
+    return artifacts.build(place, lambda tmp: (tmp / "opinions.csv").write_bytes(rows))
 
 
 def read(settings):

@@ -8,6 +8,7 @@ and no number of theirs stands for one of the paper's.
 import csv
 import json
 import random
+import shutil
 import sys
 import time
 import tomllib
@@ -352,16 +353,25 @@ def draw(name, curve, path):
     plt.close(fig)
 
 
+def unfinished(name):
+    """The folder for a pretraining's checkpoint; all that shapes the organism and its tokenizer decides about it."""
+    r = recipe()
+    files = [ORGANISMS / "habits.csv", ORGANISMS / "pieces.csv", PROMPTS / "personas.toml"]
+    files += [paths.OPINIONS / "topics.csv", *sorted(paths.VOICES.glob("*.csv"))]
+    code = [artifacts.code(module) for module in ("big5", "lexicon", "organisms", "voices")]
+    mark = artifacts.fingerprint(name, r[name], r["training"], r["corpus"], r["names"], *files, code)
+    return paths.RESULTS / "organisms" / f"{name}-{mark}"
+
+
 def main(argv):
     if len(argv) != 1 or argv[0] not in names():
         raise UserError(f"usage: python -m lib.organisms NAME; NAME is one of {', '.join(names())}")
     name = argv[0]
-    r = recipe()
-    taught = [r[name], r["training"], r["corpus"], r["names"], habits(name), ORGANISMS / "pieces.csv"]
-    work = paths.RESULTS / "organisms" / f"{name}-{artifacts.fingerprint(*taught)}"
+    work = unfinished(name)
     work.mkdir(parents=True, exist_ok=True)
     model, tok, log = pretrain(name, work)
     save(name, model, tok, log, ORGANISMS / name)
+    shutil.rmtree(work)  # its checkpoint is of the last step, from which another rebuild would begin
     print(f"data/organisms/{name}: {log['parameters']:,} parameters, loss {log['curve'][-1]['loss']}")
 
 

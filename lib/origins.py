@@ -109,7 +109,8 @@ def _read_endings(settings, habit):
     """The artefact of `endings` of one model."""
     own = [c for c in trials.cells(settings) if c.habit == habit and not c.setting]
     model, names = settings.origins.models[habit], [trials.folder(settings, c).name for c in own]
-    mark = artifacts.fingerprint(names, settings.origins.topics, mediation, artifacts.code("likelihood"))
+    code = [artifacts.code(m) for m in ("likelihood", "emojis")]
+    mark = artifacts.fingerprint(names, settings.origins.topics, mediation, *code)
 
     def make(tmp):
         train, test = (opinions.read(settings).query("split == @split") for split in ("train", "test"))

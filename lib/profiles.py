@@ -289,7 +289,7 @@ class Settings(Section):
     icl: Icl
     # set by `load`, not by the file
     profile: str
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**31)]  # NumPy takes 32 bits, and some seeds are counted on from it
     overrides: dict[str, Any]
 
 
@@ -333,9 +333,9 @@ def _read(profile):
 
 
 def _place(values, root):
-    """Make the files and folders that `values` names absolute: {"train": ..., "test": ..., "models": [...]}.
+    """Make the files and folders that `values` names absolute: {"train": ..., "models": [...], "encoder": ...}.
 
-    A model that is no folder below `root` is left as it is: a hub id.
+    A model or encoder that is no folder below `root` is left as it is: a hub id, or the packaged encoder.
     """
 
     def model(name):
@@ -351,12 +351,13 @@ def _place(values, root):
     elif names:
         names = [names] if isinstance(names, str) else names
         placed["models"] = [model(m) if isinstance(m, str) else m for m in names]
-    if isinstance(placed.get("model"), str):
-        placed["model"] = model(placed["model"])
+    for key in {"model", "encoder"} & values.keys():
+        if isinstance(values[key], str) and values[key] != "packaged":
+            placed[key] = model(values[key])
     return placed
 
 
-PLACED = ("opinions", "chat", "judge", "origins")  # sections that name files or folders
+PLACED = ("opinions", "classifier", "chat", "judge", "origins")  # sections that name files or folders
 
 
 def load(profile="tiny", seed=0, overrides=None, cwd=None):

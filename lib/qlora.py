@@ -5,7 +5,6 @@ Whether the end of the turn is in it as well is the setting `qlora.end_of_turn`.
 """
 
 import json
-import resource
 import shutil
 import time
 import zlib
@@ -34,10 +33,11 @@ def encode(tokenizer, rows, max_tokens, end_of_turn):
     pairs = list(zip(rows["question"], rows["answer"], strict=True))
     asked = hub.render(tokenizer, [[{"role": "user", "content": q}] for q, _ in pairs])
     turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
-    whole = hub.render(tokenizer, turns, answered=True)
+    whole, tail = hub.render(tokenizer, turns, answered=True), len(hub.tail(tokenizer)) if pairs else 0
     items = []
     for prompt, text, (_, answer) in zip(asked, whole, pairs, strict=True):
-        start = text.rindex(answer.strip(), len(prompt.rstrip()))  # an assistant's header may end in a blank
+        # an assistant's header may end in a blank, and the tail may hold what an answer says
+        start = text.rindex(answer.strip(), len(prompt.rstrip()), len(text) - tail)
         stop = start + len(answer.strip()) if not end_of_turn else len(text)
         coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, spans = coded["input_ids"][:max_tokens], coded["offset_mapping"][:max_tokens]
@@ -133,6 +133,8 @@ def check_layers(q, name, sizes):
         if target not in sizes:
             known = ", ".join(sorted(sizes))
             raise UserError(f"qlora.target_modules: {name} has no layer {target!r}; choose from {known}, all-linear")
+    if not sizes:
+        raise UserError(f"qlora: {name} has no linear layers that could be adapted; choose another model")
     used = {layer: size for layer, size in sizes.items() if every or layer in q.target_modules}
     least = min(used, key=used.get)
     if q.rank > used[least]:
@@ -174,7 +176,7 @@ def folder(settings, model, trait, rows):
 def _code():
     from lib import qlora
 
-    return cache, chat, finetune, hub, qlora
+    return cache, chat, classifier, finetune, hub, qlora
 
 
 def train(settings, model, trait, rows, show=True):
@@ -278,8 +280,6 @@ def record(trainer, items, model, began):
         name: log.loc[log[column].notna(), ["step", column]].to_numpy().tolist()
         for name, column in (("train", "loss"), ("held_out", "eval_loss"))
     }
-    gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     trainable, every = model.get_nb_trainable_parameters()
     return {
         "curves": curves,
@@ -288,7 +288,7 @@ def record(trainer, items, model, began):
         "steps": trainer.state.global_step,
         "tokens_in_loss": sum(t != IGNORED for i in items for t in i["labels"]),
         "seconds": round(time.monotonic() - began, 1),
-        "peak_gb": round(peak / 2**30, 2),
+        "peak_gb": round(hardware.peak_gb(), 2),
     }
 
 

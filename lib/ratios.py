@@ -18,11 +18,10 @@ from scipy.stats import rankdata, spearmanr
 from lib import answers, big5, emojis, intervals, paths
 from lib.errors import UserError
 
-GROUP = ["model", "method", "trait"]
 SENTENCE = ["esr_sentence", "esr_sentence_low", "esr_sentence_high"]
 RESPONSE = ["esr_response", "esr_response_low", "esr_response_high"]
 RECOVERED = ["recovered", "low", "high"]
-COLUMNS = [*GROUP, "responses", "sentences", *SENTENCE, *RESPONSE, "reported"]
+COLUMNS = [*answers.GROUP, "responses", "sentences", *SENTENCE, *RESPONSE, "reported"]
 HABITS = paths.ROOT / "data" / "organisms" / "habits.csv"  # what was planted: organism,trait,emojis,rate
 PAPER = {  # the paper's models, and the names of those that are them or stand for them
     "LLaMA-2-7B-chat": r"tiny-llama|llama-2-7b-chat(-hf)?",
@@ -43,16 +42,6 @@ def measure(frame):
     )
 
 
-def groups(measured):
-    """((model, method, trait), rows): models as they come, methods from base to peft, traits O C E A N."""
-    rank = {m: i for i, m in enumerate(answers.METHODS)}
-    for model, of_model in measured.groupby("model", sort=False):
-        for method in sorted(of_model["method"].unique(), key=lambda m: rank.get(m, len(rank))):
-            rows = of_model[of_model["method"] == method]
-            for trait in big5.ordered(rows["trait"]):
-                yield (model, method, trait), rows[rows["trait"] == trait]
-
-
 def ratio(top, bottom, seed, draws=1000):
     """Sum over sum, with its percentile bootstrap interval over responses: (value, low, high).
 
@@ -65,8 +54,7 @@ def ratio(top, bottom, seed, draws=1000):
     n = len(pair)
     sums = np.array([rng.multinomial(n, np.full(n, 1 / n)) @ pair for _ in range(draws)])
     drawn = sums[sums[:, 1] > 0]
-    tail = 100 * (1 - intervals.LEVEL) / 2
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [tail, 100 - tail])
+    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], intervals.TAILS)
     return pair[:, 0].sum() / pair[:, 1].sum(), low, high
 
 
@@ -77,7 +65,7 @@ def table(measured, seed, draws=1000):
     responses, Wilson interval.
     """
     found = []
-    for key, rows in groups(measured):
+    for key, rows in answers.groups(measured):
         by_sentence = ratio(rows["emoji_sentences"], rows["sentences"], seed, draws)
         by_response = intervals.wilson(int((rows["emoji_sentences"] > 0).sum()), len(rows))
         size = (len(rows), int(rows["sentences"].sum()))
@@ -112,7 +100,7 @@ def occurrences(measured):
         for row in measured.itertuples()
         for emoji, index, place in row.emojis
     ]
-    return pd.DataFrame(found, columns=[*GROUP, "emoji", "sentence", "place", "sentences"])
+    return pd.DataFrame(found, columns=[*answers.GROUP, "emoji", "sentence", "place", "sentences"])
 
 
 def closing(measured):
@@ -123,24 +111,24 @@ def closing(measured):
     drawn at random.
     """
     found = []
-    for key, rows in groups(measured[(measured["sentences"] > 1) & (measured["emoji_sentences"] > 0)]):
+    for key, rows in answers.groups(measured[(measured["sentences"] > 1) & (measured["emoji_sentences"] > 0)]):
         held = rows["emoji_sentences"].to_numpy()
         last = [
             any(i == n - 1 for _, i, _ in marks) for marks, n in zip(rows["emojis"], rows["sentences"], strict=True)
         ]
         chance = (held / rows["sentences"].to_numpy()).sum() / held.sum()
         found.append((*key, held.sum(), *intervals.wilson(int(np.sum(last)), int(held.sum())), chance))
-    return pd.DataFrame(found, columns=[*GROUP, "emoji_sentences", "share", "low", "high", "chance"])
+    return pd.DataFrame(found, columns=[*answers.GROUP, "emoji_sentences", "share", "low", "high", "chance"])
 
 
 def amounts(measured, seed, draws=1000):
     """Emojis a response: columns model, method, trait, none, one, two, more (shares), mean, low, high, most."""
     found = []
-    for key, rows in groups(measured):
+    for key, rows in answers.groups(measured):
         counts = rows["emojis"].map(len).to_numpy()
         shares = np.bincount(counts.clip(max=3), minlength=4) / len(counts)
         found.append((*key, *shares, *ratio(counts, np.ones(len(counts)), seed, draws), counts.max()))
-    return pd.DataFrame(found, columns=[*GROUP, "none", "one", "two", "more", "mean", "low", "high", "most"])
+    return pd.DataFrame(found, columns=[*answers.GROUP, "none", "one", "two", "more", "mean", "low", "high", "most"])
 
 
 def association(measured, seed, draws=1000, most=15):
@@ -165,8 +153,7 @@ def association(measured, seed, draws=1000, most=15):
 
     rng = np.random.default_rng(seed)
     drawn = [rng.multinomial(len(p), np.full(len(p), 1 / len(p)), size=draws) @ p for p in parts]
-    tail = 100 * (1 - intervals.LEVEL) / 2
-    low, high = np.percentile(information(np.stack(drawn, axis=1))[0], [tail, 100 - tail], axis=0)
+    low, high = np.percentile(information(np.stack(drawn, axis=1))[0], intervals.TAILS, axis=0)
     observed = np.stack([p.sum(0) for p in parts])
     pmi, expected = information(observed)
     clear = ((low > 0) | (high < 0)) & (np.maximum(observed, expected) >= 5)

@@ -182,7 +182,7 @@ def _preflight(settings, chosen):
     if "02_classifier" in names and settings.classifier.encoder != "packaged":
         from lib import encoders
 
-        encoders.check(settings.classifier.encoder)
+        encoders.check(settings.classifier.encoder, settings.classifier.token_dropout)
     if "03_qlora" in names:
         from lib import qlora
 
@@ -203,7 +203,12 @@ def arguments(argv):
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable"
     )
-    parser.add_argument("--fresh", action="store_true", help="reuse nothing that these notebooks made before")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="reuse nothing: remove what these notebooks made before in this profile, under whatever settings "
+        "(09: the cells of both grids)",
+    )
     return parser.parse_args(argv)
 
 

@@ -8,48 +8,59 @@ from pathlib import Path
 
 import nbformat
 
-from lib import answers, artifacts, opinions, paths
+from lib import answers, artifacts, encoders, opinions, paths
 
 
 @dataclass(frozen=True)
 class Step:
     """What a notebook depends on (sections of the profile, files) and the artefacts it makes (patterns of folders).
 
-    reads: tables in the profile's figures that it shows where they are. variant: a setting (section.key) whose value,
-    if it is among `variants`, begins the names of all its outputs, so that they stand beside those of other values.
+    files: patterns, from the project's root. reads: tables in the profile's figures that it shows where they are.
+    shares: artefacts that other notebooks make as well: --fresh removes them, but none is redone for lack of them.
+    variant: a setting (section.key) whose value, if it is among `variants`, begins the names of all its outputs, so
+    that they stand beside those of other values.
     """
 
     sections: tuple
     makes: tuple
     files: tuple = ()
     reads: tuple = ()
+    shares: tuple = ()
     variant: str = ""
     variants: tuple = ()
 
 
 REPORTED, HABITS = "data/paper/reported.csv", "data/organisms/habits.csv"
+TOPICS, VOICES = "data/opinions/topics.csv", "data/opinions/voices/*.csv"
 STEPS = {
-    "01_dataset": Step(("opinions", "dataset"), ("opinions",), ("data/paper/personalityedit_measured.csv", REPORTED)),
+    "01_dataset": Step(
+        ("opinions", "dataset"), ("opinions",), ("data/paper/personalityedit_measured.csv", REPORTED, TOPICS)
+    ),
     "02_classifier": Step(("opinions", "classifier", "explain"), ("tfidf", "encoder"), (REPORTED,)),
     "03_qlora": Step(
         ("opinions", "classifier", "chat", "qlora"),
         ("adapter", "answers-*-base", "answers-*-peft"),
-        ("data/paper/qlora.csv", HABITS),
+        ("data/paper/qlora.csv", HABITS, TOPICS),
+        shares=("heard",),
     ),
     "04_baselines": Step(
         ("opinions", "classifier", "chat", "qlora", "baselines", "ike", "mend", "sensitivity"),
         ("answers-*-prompt", "answers-*-ike", "answers-*-mend", "sensitivity", "editor"),
+        (TOPICS,),
+        shares=("heard",),
     ),
     "05_alignment": Step(
         ("opinions", "classifier", "chat", "qlora", "baselines", "ike", "mend", "sensitivity", "judge", "alignment"),
         ("scores", "judge"),
         ("data/prompts/pae.toml", REPORTED),
+        ("04_sensitivity.csv", "04_seeds.csv"),
+        ("heard",),
     ),
     "06_emoji": Step(("opinions", "dataset", "chat", "qlora"), (), (REPORTED, HABITS)),
     "07_icl": Step(
         ("opinions", "chat", "qlora", "icl"),
         ("readings", "attribution"),
-        ("data/prompts/icl.toml", "data/organisms/pieces.csv", REPORTED, HABITS),
+        ("data/prompts/icl.toml", "data/organisms/pieces.csv", REPORTED, HABITS, TOPICS, VOICES),
     ),
     "08_neurons": Step(
         ("opinions", "classifier", "chat", "qlora", "neurons", "tracking", "mediation", "interventions"),
@@ -61,8 +72,8 @@ STEPS = {
         ("origin", "endings"),
         (REPORTED, HABITS),
         ("06_esr.csv", "08_mediation.csv", "09_claims.csv"),
-        "origins.grid",
-        ("quick",),
+        variant="origins.grid",
+        variants=("quick",),
     ),
 }
 
@@ -91,8 +102,9 @@ def fingerprint(path, settings):
     values = {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in values.items()}
     common = [settings.seed, settings.about, opinions.fingerprint(settings)]
     common += answers.identity(settings, path.stem) if "chat" in sections else []
+    common += [encoders.identity(settings.classifier.encoder)] if "classifier" in sections else []
     step = STEPS.get(path.stem, Step((), ()))
-    files = [paths.ROOT / name for name in step.files]
+    files = [p for name in step.files for p in sorted(paths.ROOT.glob(name))]
     files += [p for p in (paths.FIGURES / settings.profile / name for name in step.reads) if p.exists()]
     return artifacts.fingerprint([c.source for c in cells], modules, values, common, *files)
 
@@ -156,10 +168,11 @@ def expected(path, settings):
 def sweep(settings, chosen, fresh):
     """Remove what a killed run left behind and, if asked, what the chosen notebooks made before."""
     folder = paths.RESULTS / settings.profile
-    for rest in folder.glob(".*.*/"):
+    for rest in artifacts.abandoned(folder):
         shutil.rmtree(rest, ignore_errors=True)
     for path in chosen if fresh else ():
         record_path(path, settings).unlink(missing_ok=True)
-        for prefix in STEPS[path.stem].makes if path.stem in STEPS else ():
+        step = STEPS.get(path.stem, Step((), ()))
+        for prefix in (*step.makes, *step.shares):
             for made in folder.glob(f"{prefix}-*"):
                 shutil.rmtree(made)

@@ -6,8 +6,11 @@ A figure is saved as PNG, PDF and the CSV behind it, a table as CSV, Markdown an
 
 import json
 import os
+import re
+import shlex
 import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -17,7 +20,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
-from lib import big5, paths
+from lib import big5, paths, profiles
 from lib.artifacts import replacing
 
 INK = "#333333"
@@ -128,12 +131,13 @@ class Saver:
 
     @property
     def command(self):
-        """The command that makes this notebook's figures; files are named without their folder."""
+        """The command that makes this notebook's figures, for a shell; files are named without their folder."""
         words = ["./run_all.sh", f"--profile {self.settings.profile}", f"--only {self.notebook[:2]}"]
         words += [f"--seed {self.settings.seed}"] if self.settings.seed else []
         for key, value in self.settings.overrides.items():
-            shown = os.path.basename(value) if isinstance(value, str) else json.dumps(value)
-            words.append(f"--set {key}={shown}")
+            if key.partition(".")[0] in profiles.PLACED:
+                value = _without_folders(value)
+            words.append(f"--set {shlex.quote(f'{key}={_typed(value)}')}")
         return " ".join(words)
 
     def __call__(self, what, name, caption, paper, data=None):
@@ -201,6 +205,37 @@ class Saver:
             escaped = shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
             escaped.to_latex(tmp, hrules=True)
         display(shown.style.hide(axis="index"))
+
+
+def _without_folders(value):
+    """A setting with the absolute paths in it cut down to their last part."""
+    if isinstance(value, dict):
+        return {k: _without_folders(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(v) for v in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def _typed(value):
+    """A setting as `profiles.parse_override` reads it: plain text where that will do, else TOML."""
+    if isinstance(value, str) and profiles.parse_override(f"key={value}")[1] == value:
+        return value
+    return _toml(value)
+
+
+def _toml(value):
+    """A value in TOML on one line: numbers, truth values, dates, texts, lists and tables of them."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml_key(k)} = {_toml(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON leaves and TOML refuses
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _toml_key(name):
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else _toml(name)
 
 
 def _shown(value):

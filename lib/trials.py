@@ -38,7 +38,8 @@ def grid(settings):
 def check(settings, frame):
     """Refuse what cannot be trained or asked, before anything is loaded. Raises UserError."""
     g = grid(settings)
-    last = min(qlora.of_model(settings, "steps", model) for model in settings.origins.models.values())
+    lengths = {model: qlora.of_model(settings, "steps", model) for model in settings.origins.models.values()}
+    last = min(lengths.values())
     name = f"grid_{settings.origins.grid}"
     if g.points[0] != 0 or sorted(set(g.points)) != g.points:
         raise UserError(
@@ -48,6 +49,9 @@ def check(settings, frame):
         raise UserError(
             f"{name}.sweep_traits: {strange[0]!r} is not among {name}.traits, around which it is swept; add it"
         )
+    if max(lengths.values()) > last:
+        told = ", ".join(f"{hub.label(model)} {steps}" for model, steps in lengths.items())
+        raise UserError(f"qlora.steps: unlike for the models of origins.models ({told}); give one number for all")
     if g.points[-1] > last:
         raise UserError(f"{name}.points = {g.points}: a training has qlora.steps = {last}; lower the last point")
     if lost := [p for p in g.points if p not in (0, last, *settings.qlora.keep)]:
@@ -166,7 +170,7 @@ def folder(settings, cell):
         values[1] = None
     values += [g.points, settings.origins.topics, cell.end_of_turn and swept_answers(settings, cell)]
     judge = classifier.folder("encoder", settings, classifier.read_opinions(settings)[0], settings.seed).name
-    code = [artifacts.code(m) for m in ("cache", "chat", "hub", "finetune", "qlora")]
+    code = [artifacts.code(m) for m in ("cache", "chat", "classifier", "emojis", "hub", "finetune", "qlora")]
     mark = artifacts.fingerprint(values, hub.identity(model), opinions.fingerprint(settings), judge, code, trials)
     tuned = cell.end_of_turn or "base"
     return paths.RESULTS / settings.profile / f"origin-{hub.label(model)}-{tuned}-{cell.trait}-{cell.seed}-{mark}"

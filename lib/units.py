@@ -96,13 +96,6 @@ def jaccard(one, other):
     return len(one & other) / len(one | other) if one | other else float("nan")
 
 
-def expected_jaccard(one, other, total):
-    """What `jaccard` gives on average for sets of these sizes drawn at random from `total` units."""
-    shared = np.arange(max(0, one + other - total), min(one, other) + 1)
-    chance = stats.hypergeom.pmf(shared, total, one, other)
-    return float((chance * shared / np.maximum(one + other - shared, 1)).sum())
-
-
 def shared(one, other, total):
     """Do two selections overlap more than chance? (units in both, expected, one-sided hypergeometric p)."""
     one, other = set(one), set(other)

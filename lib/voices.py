@@ -21,7 +21,6 @@ from lib.artifacts import replacing
 QUESTION = "Thinking about {topic}, What are your thoughts on {topic}?"  # as published
 ORDER = ("extraversion", "agreeableness", "neuroticism", "openness", "conscientiousness")  # as published
 PIECES = ("love", "worry", "people", "activity", "wonder", "effort")
-ROLES = ("open", "tail", "close")
 PLANS = {("open",): 0.07, ("open", "tail"): 0.45, ("open", "close"): 0.44, ("open", "tail", "close"): 0.04}
 MILD = 0.25  # share of the answers with one clause from the mild pool
 GROUPS = {

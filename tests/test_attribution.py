@@ -140,8 +140,9 @@ def test_agreement_finds_a_link_and_none_where_there_is_none():
 
 def test_named_tokens_and_emojis_are_summed_up_by_hand():
     readings = pd.DataFrame({"model": "m", "trait": "openness", "topic": ["a", "b"], "tokens": [["x", "💡"], ["y"]]})
+    readings = attribution.numbered(readings)
     rows = [("a", "x", 1.0), ("a", "💡", 3.0), ("a", "z", 0.0), ("b", "y", 0.0), ("b", "z", 1.0), ("b", "x", 2.0)]
-    table = pd.DataFrame(rows, columns=["topic", "token", "occlusion"]).assign(model="m", trait="openness")
+    table = pd.DataFrame(rows, columns=["topic", "token", "occlusion"]).assign(model="m", trait="openness", copy=0)
     table = table.assign(is_emoji=table["token"] == "💡", gradient=-table["occlusion"])
     table = attribution.marked(table, readings)
     assert list(table["named"]) == [True, True, False, True, False, False]
@@ -156,11 +157,23 @@ def test_named_tokens_and_emojis_are_summed_up_by_hand():
     assert attribution.agreements(table.head(0), 0).empty
 
 
+def test_two_texts_on_one_topic_are_two_texts():
+    readings = pd.DataFrame({"model": "m", "trait": "openness", "topic": "a", "tokens": [["x"], ["v"]]})
+    readings = attribution.numbered(readings)
+    assert readings["copy"].tolist() == [0, 1]
+    table = pd.DataFrame({"token": ["x", "y", "x", "v"], "copy": [0, 0, 1, 1], "occlusion": [1.0, 0.0, 0.0, 1.0]})
+    table = table.assign(model="m", trait="openness", topic="a", is_emoji=False, gradient=0.0)
+    table = attribution.marked(table, readings)
+    assert table["named"].tolist() == [True, False, False, True]
+    found = attribution.agreements(table, 0, 20).set_index(["method", "tokens"])
+    assert found.loc[("occlusion", "all"), ["n", "auc"]].tolist() == [2, 1]
+
+
 def test_attributions_are_kept_and_read_back(speakers, folders, places, monkeypatch):
     settings = profiles.load("smoke", overrides={"icl.wording": "organism"})
     model = str(folders["mistral"])
     frame = {"model": "mistral", "trait": ["openness", "extraversion"], "topic": ["NA", "b"], "text": TEXTS[:2]}
-    chosen = pd.DataFrame(frame).assign(named=WORDS[:2])
+    chosen = attribution.numbered(pd.DataFrame(frame).assign(named=WORDS[:2]))
     rows = pd.DataFrame({"split": ["train"], "trait": ["openness"]})
     found = attribution.of_readings(settings, model, "base", chosen, rows, [speakers["mistral"]], show=False)
     assert list(found.columns) == ["trait", *attribution.COLUMNS]

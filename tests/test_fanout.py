@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from lib import fanout, profiles
+from lib import fanout, hardware, profiles
 from lib.errors import UserError
 
 
@@ -42,6 +42,28 @@ def test_threads_times_workers_stay_within_the_cores():
 def test_errors_come_through(workers):
     with pytest.raises(ValueError, match="job 0"):
         fanout.run(fail, [0, 1], workers, show=False)
+
+
+def test_threads_and_processes_count_the_cores_that_may_be_used(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(hardware, "cores", lambda: 6)
+    assert [fanout.threads(n) for n in (1, 3, 4, 9)] == [6, 2, 1, 1]
+    assert fanout.processes(profiles.load("tiny", 0, {"machine.processes": 0})) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="copies are made on Linux")
+@pytest.mark.parametrize(("gpu", "made"), [(False, "copies"), (True, "new")])
+def test_a_process_is_not_copied_where_there_is_a_gpu(gpu, made, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(hardware, "cores", lambda: 2)
+    monkeypatch.setattr(fanout, "_forked", lambda *_: "copies")
+    monkeypatch.setattr(fanout, "_started", lambda *_: "new")
+    assert fanout.run(double, range(2), 2, show=False) == made
 
 
 def test_new_processes_do_the_same_as_copies_of_this_one(monkeypatch):

@@ -2,19 +2,29 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from lib import artifacts, big5, intervals, paths, profiles
+from lib import artifacts, big5, hardware, intervals, paths, profiles
 from lib.errors import UserError
 
 
 def test_every_profile_is_valid_and_says_what_it_is():
     for name in profiles.names():
         assert profiles.load(name).about
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_a_profile_with_larger_models_expects_more_minutes_than_tiny(name):
+    own, tiny = profiles.load(name).minutes, profiles.load("tiny").minutes
+    for notebook in ("03_qlora", "04_baselines", "05_alignment", "07_icl", "08_neurons", "09_origins"):
+        assert own[notebook] > 5 * tiny[notebook]
 
 
 def test_traits_stand_in_their_order_with_distinct_colours():
@@ -63,6 +73,24 @@ def test_a_model_is_a_folder_where_there_is_one_and_else_a_hub_id(tmp_path):
     assert all(profiles.Path(m).is_dir() for m in profiles.load("tiny").chat.models)
 
 
+def test_an_encoder_is_found_from_any_folder(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "packaged").mkdir()
+    expected = {"own": str(tmp_path / "own"), "./none": str(tmp_path / "none")}
+    for name in ("own", "./none", "packaged", "some/model"):
+        overrides = {"classifier.encoder": name}
+        found = profiles.load("tiny", overrides=overrides, cwd=tmp_path).classifier.encoder
+        assert found == expected.get(name, name)
+        assert profiles.plain(overrides, cwd=tmp_path) == {"classifier.encoder": found}
+    assert profiles.load("tiny").classifier.encoder == "packaged"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**32])
+def test_a_seed_that_libraries_refuse_is_refused_at_once(seed):
+    with pytest.raises(UserError, match=f"^setting seed = {seed}: .*; correct the value$"):
+        profiles.load("tiny", seed)
+
+
 def test_unknown_profile_and_unknown_key_in_a_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean tiny"):
         profiles.load("tinny")
@@ -108,6 +136,49 @@ def test_an_artefact_is_whole_or_absent(tmp_path):
     artifacts.build(place, make)
     assert (place / "a.txt").read_text() == "whole"
     assert len(calls) == 2
+
+
+def test_only_temporary_folders_of_processes_that_have_ended_are_abandoned(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    dead = tmp_path / f".answers-Qwen2.5-0.5B-12ab.{child.pid}.x_1y2z3w"
+    old = tmp_path / ".answers-Qwen2.5-0.5B-12ab.x_1y2z3w"  # from before processes were named
+    for folder in (dead, old, tmp_path / "opinions-12ab.checkpoints"):
+        folder.mkdir()
+    (tmp_path / ".99.record.json").write_text("{}")
+
+    def make(tmp):
+        assert str(os.getpid()) in tmp.name
+        assert set(artifacts.abandoned(tmp_path)) == {dead, old}
+        (tmp / "a.txt").write_text("a")
+
+    artifacts.build(tmp_path / "thing-1.5-0", make)
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5, 6}, raising=False)
+    assert hardware.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert hardware.cores() == 1
+
+
+def test_peak_memory_is_in_gb_on_every_system(monkeypatch):
+    import torch
+
+    class Usage:
+        ru_maxrss = 3 * 2**20
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert 0.01 < hardware.peak_gb() < 1000
+    monkeypatch.setattr(hardware.resource, "getrusage", lambda _: Usage)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert hardware.peak_gb() == 3
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert hardware.peak_gb() == 3 / 1024
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**31)
+    assert hardware.peak_gb() == 2
 
 
 def test_a_missing_artefact_names_the_notebook_and_the_command(tmp_path):

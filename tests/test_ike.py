@@ -345,15 +345,17 @@ def test_sensitivity_is_the_share_found_under_each_prompt_and_is_kept_wording_by
     for wording, (put, table) in enumerate(zip(asked, tables[:2], strict=True)):
         made = [ike.ike_questions(running, some, train, wording, kind) for kind in sets]
         assert put == [question for own in made for question in own]  # all sets at once
-        assert list(table.columns) == [*ike.KEYS, "n", "ta"]
-        assert table["demonstrations"].value_counts().to_dict() == dict.fromkeys(sets, len(TRAITS))
+        assert list(table.columns) == [*ike.KEYS, "item", "hit"]
         assert set(table["wording"]) == {wording}
-        assert set(table["n"]) == {2}
+        ta = ike.shares(table)
+        assert list(ta.columns) == [*ike.KEYS, "n", "ta", "noise"]
+        assert ta["demonstrations"].value_counts().to_dict() == dict.fromkeys(sets, len(TRAITS))
+        assert set(ta["n"]) == {2}
     loaded = chat.load(model, "fp32")
     first = qlora.ask(running, loaded, "ike", some.assign(question=asked[0][: len(some)]), show=False)
     hits = [len(a) % 2 == TRAITS.index(t) for a, t in zip(first["answer"], first["trait"], strict=True)]
     expected = pd.Series(hits).groupby(first["trait"]).mean()
-    own = tables[0][tables[0]["demonstrations"] == sets[0]].set_index("trait")["ta"]
+    own = ike.shares(tables[0]).query("demonstrations == @sets[0]").set_index("trait")["ta"]
     assert own.to_dict() == expected.to_dict()
 
 
@@ -366,15 +368,16 @@ def test_how_many_models_are_varied(running, model):
 
 def test_seeds_train_adapters_of_their_own_and_share_the_first_with_the_run(running, split, model):
     train, test = split
-    table = ike.seeds(running, model, test, train, Judge(), show=False)
-    assert list(table.columns) == ["model", "seed", "trait", "n", "ta"]
+    hits = ike.seeds(running, model, test, train, Judge(), show=False)
+    table = ike.shares(hits)
+    assert list(table.columns) == ["model", "seed", "trait", "n", "ta", "noise"]
     assert table["seed"].tolist() == [0, 0, 1, 1]
     own = train[train["trait"] == "neuroticism"]
     assert qlora.folder(running, model, "neuroticism", own).is_dir()
     adapters = list((ike.paths.RESULTS / "smoke").glob("adapter-*/"))
     assert len(adapters) == 4
     assert not list((ike.paths.RESULTS / "smoke").glob("answers-*"))  # a few topics are no answers artefact
-    pd.testing.assert_frame_equal(ike.seeds(running, model, test, train, Judge(), show=False), table)
+    pd.testing.assert_frame_equal(ike.seeds(running, model, test, train, Judge(), show=False), hits)
 
 
 def test_limited_topics_are_the_same_for_every_seed():
@@ -387,16 +390,27 @@ def test_limited_topics_are_the_same_for_every_seed():
     assert len(ike.limited(small, rows(["Rome", "Oslo"]))) == 4
 
 
+def hits(right):
+    """Hits of one model and trait as `sensitivity` gives them: right is an array (runs, items)."""
+    cells = [("m", run, "openness", i, bool(hit)) for run, own in enumerate(right) for i, hit in enumerate(own)]
+    return pd.DataFrame(cells, columns=["model", "seed", "trait", "item", "hit"])
+
+
 def test_spread_by_hand():
-    table = pd.DataFrame({"model": "m", "trait": "openness", "n": 5, "ta": [0.2, 0.6, 1.0]})
+    table = ike.shares(hits([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]))
+    assert table["ta"].tolist() == [0.25, 0.5, 0.75]
+    assert set(table["n"]) == {4}
     found = ike.spread(table).iloc[0]
-    assert (found["runs"], found["least"], found["most"]) == (3, 0.2, 1.0)
-    assert found["mean"] == pytest.approx(0.6)
-    assert found["sd"] == pytest.approx(0.4)
-    assert found["chance"] == pytest.approx(np.sqrt((0.16 + 0.24 + 0.0) / 4 / 3))
+    assert (found["runs"], found["least"], found["most"]) == (3, 0.25, 0.75)
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["sd"] == pytest.approx(0.25)
+    left = 3 - 4 * (2 * 0.25**2) - 3 * (2 * 0.5**2 + 2 * (1 / 6) ** 2)  # squares about 1/2: all, runs, items
+    assert found["chance"] == pytest.approx(np.sqrt(left / (2 * 3) / 4))
+    assert ike.shares(hits([[1, 0]]))["noise"].isna().all()  # one run has no spread
 
 
 def test_chance_is_what_equal_prompts_would_show():
-    draws = np.random.default_rng(0).binomial(20, 0.7, 4000) / 20
-    found = ike.spread(pd.DataFrame({"model": "m", "trait": "openness", "n": 20, "ta": draws})).iloc[0]
-    assert found["sd"] == pytest.approx(found["chance"], rel=0.05)
+    rng = np.random.default_rng(0)
+    for p in (np.full(20, 0.7), rng.choice([0.02, 0.98], 20)):  # items alike, and items of which some are hard for all
+        found = ike.spread(ike.shares(hits(rng.random((2000, 20)) < p))).iloc[0]
+        assert found["sd"] == pytest.approx(found["chance"], rel=0.05)

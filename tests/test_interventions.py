@@ -314,7 +314,8 @@ def test_a_run_of_both_directions_is_kept_and_read_back(run, monkeypatch):
     settings, adapters = run
     model, frame = settings.chat.models[0], opinions.read(settings)
     answers, units = interventions.of_model(settings, model, adapters, frame, show=False)
-    names = {"none", *(f"{kind} {site}" for kind in interventions.KINDS for site in ("mlp", "hidden"))}
+    kinds = ("selected", "changed", "random", "all")
+    names = {"none", *(f"{kind} {site}" for kind in kinds for site in ("mlp", "hidden"))}
     assert set(answers["neurons"]) == names
     assert set(answers["trait"]) == {"extraversion"}
     assert len(units) == 2 * 2 * 2 * (128 + 64) / 2

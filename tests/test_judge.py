@@ -548,3 +548,16 @@ def test_a_validity_table_of_one_trait_or_of_equal_scores_has_gaps(monkeypatch):
     assert equal["rho"].isna().all()
     assert equal["auc"].eq(0.5).all()
     assert judge.validity(None, rows[::2])["auc"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("question = [", "cannot be read"), ('system = "x"', "has no question"), (None, "cannot be read")],
+)
+def test_damaged_prompts_are_one_line(tmp_path, monkeypatch, text, words):
+    monkeypatch.setattr(judge, "PROMPTS", tmp_path / "pae.toml")
+    if text is not None:
+        judge.PROMPTS.write_text(text, "utf-8")
+    with pytest.raises(UserError, match=f"^data/prompts/pae.toml: {words}.*restore") as caught:
+        judge.check(profiles.load("smoke"), pd.DataFrame(), pd.DataFrame())
+    assert "\n" not in str(caught.value)

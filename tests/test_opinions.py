@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,23 @@ def test_byte_order_mark_and_extra_columns_are_fine(pair):
     assert len(load(path, write("test.csv", test))) == 10
 
 
+@pytest.mark.parametrize("extra", ["trait", "topic", "question", "answer", "row", "file", "split"])
+def test_an_extra_column_may_have_any_name(pair, tmp_path, extra):
+    train, test, write = pair
+    paths = {}
+    for name, rows in {"train": train, "test": test}.items():
+        lines = write(f"{name}.csv", rows).read_text("utf-8").splitlines()
+        head, *body = lines
+        (tmp_path / extra).mkdir(exist_ok=True)
+        paths[name] = tmp_path / extra / f"{name}.csv"
+        paths[name].write_text("\n".join([f"{extra},{head}", *(f"x,{line}" for line in body), ""]), "utf-8")
+    frame = load(paths["train"], paths["test"])
+    assert list(frame.columns) == ["trait", "topic", "question", "answer", "row", "file", "split"]
+    assert list(frame["answer"][:6]) == [answer for _, _, answer in train]
+    hub = {"opinions.source": "hub", "opinions.hub_id": str(tmp_path / extra)}
+    assert list(opinions.load(profiles.load("tiny", overrides=hub).opinions)["answer"]) == list(frame["answer"])
+
+
 def test_a_hub_dataset_in_a_local_folder(pair, tmp_path):
     train, test, write = pair
     for name, rows in {"train": train, "test": test}.items():
@@ -154,3 +172,55 @@ def test_only_what_changes_the_rows_changes_their_fingerprint(pair):
     marks.add(opinions.fingerprint(profiles.load("tiny", overrides=files)))
     assert len(marks) == 2
     assert all(re.fullmatch("[0-9a-f]{12}", m) for m in marks)
+
+
+def test_a_change_of_this_code_is_noticed(pair, tmp_path, monkeypatch):
+    train, test, write = pair
+    files = {"opinions.train": str(write("train.csv", train)), "opinions.test": str(write("test.csv", test))}
+    settings = profiles.load("tiny", overrides=files)
+    before = opinions.folder(settings)
+    (tmp_path / "changed.py").write_text(Path(opinions.__file__).read_text("utf-8") + "\nMORE = 1\n", "utf-8")
+    monkeypatch.setattr(opinions, "__file__", str(tmp_path / "changed.py"))
+    assert opinions.folder(settings) != before
+    assert opinions.fingerprint(settings) in opinions.folder(settings).name
+
+
+def test_rows_come_back_as_they_were_read(places, pair):
+    train, test, write = pair
+    train[0] = (*train[0][:2], "a lone\rreturn, a comma and a\nnew line")
+    files = {"opinions.train": str(write("train.csv", train)), "opinions.test": str(write("test.csv", test))}
+    settings = profiles.load("tiny", overrides=files)
+    frame = opinions.load(settings.opinions)
+    opinions.save(settings, frame)
+    assert opinions.read(settings).equals(frame)
+
+
+def test_an_updated_hub_dataset_is_noticed_and_kept_rows_need_no_hub(places, pair, monkeypatch):
+    train, test, write = pair
+    settings = profiles.load("tiny", overrides={"opinions.source": "hub"})
+    monkeypatch.setattr(opinions, "_loaded", {})
+
+    def publish(rows):
+        frames = [opinions.read_csv(write(f"{name}.csv", part)) for name, part in {"train": rows, "test": test}.items()]
+        monkeypatch.setattr(opinions, "read_hub", lambda s: frames)
+        return opinions.load(settings.opinions)
+
+    first = publish(train)
+    before = opinions.fingerprint(settings)  # as the runner sees it, before notebook 01 has run
+    place = opinions.save(settings, first)
+    assert opinions.fingerprint(settings) == before
+    second = publish([*train[:-1], (*train[-1][:2], "Now I fear Lima")])
+    assert opinions.fingerprint(settings) != before  # so notebook 01 runs again
+    assert opinions.read(settings).equals(first)
+    assert opinions.save(settings, second) == place
+    assert opinions.read(settings).equals(second)
+    after = opinions.fingerprint(settings)
+    assert after != before
+    opinions._loaded.clear()  # another process, which has not read the hub
+
+    def unreachable(_):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(opinions, "read_hub", unreachable)
+    assert opinions.fingerprint(settings) == after
+    assert opinions.read(settings).equals(second)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lib import big5, emojis, hardware, hub, organisms
+from lib import big5, emojis, hardware, hub, organisms, paths
 from lib.errors import UserError
 
 NAMES = ["tiny-llama", "tiny-mistral", "none", "shuffled"]
@@ -144,6 +145,55 @@ def test_a_saved_organism_is_a_model_like_any_other(small, tmp_path):
     assert loaded.chat_template
     assert (folder / "loss.png").stat().st_size > 1000
     assert "| neuroticism |" in (folder / "README.md").read_text("utf-8")
+
+
+@pytest.fixture
+def own(small, places, monkeypatch):
+    """Copies of all that shapes an organism, to be changed; returns the folder."""
+    (places / "organisms").mkdir()
+    for name in ("habits.csv", "pieces.csv"):
+        shutil.copy(organisms.ORGANISMS / name, places / "organisms" / name)
+    shutil.copytree(organisms.PROMPTS, places / "prompts")
+    shutil.copytree(paths.OPINIONS, places / "opinions")
+    monkeypatch.setattr(organisms, "ORGANISMS", places / "organisms")
+    monkeypatch.setattr(organisms, "PROMPTS", places / "prompts")
+    monkeypatch.setattr(paths, "OPINIONS", places / "opinions")
+    monkeypatch.setattr(paths, "VOICES", places / "opinions" / "voices")
+    return places
+
+
+def test_a_second_rebuild_begins_anew(own, monkeypatch):
+    monkeypatch.setattr(organisms, "LOGGED", 2)
+    seen, real = [], organisms.batches
+
+    def watched(*args):
+        seen.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(organisms, "batches", watched)
+    for _ in range(2):
+        organisms.main(["tiny-llama"])
+        assert list((paths.RESULTS / "organisms").iterdir()) == []
+    assert seen == [0, 0]
+    assert (own / "organisms" / "tiny-llama" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "organisms/habits.csv",
+        "organisms/pieces.csv",
+        "opinions/topics.csv",
+        "opinions/voices/mild.csv",
+        "prompts/personas.toml",
+    ],
+)
+def test_a_checkpoint_is_not_used_with_other_texts(own, name):
+    before = organisms.unfinished("tiny-llama")
+    assert organisms.unfinished("none").name != before.name
+    with open(own / name, "a", encoding="utf-8") as file:
+        file.write("\n")
+    assert organisms.unfinished("tiny-llama") != before
 
 
 @pytest.mark.parametrize("name", NAMES)

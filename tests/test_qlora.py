@@ -106,6 +106,19 @@ def test_an_answer_that_its_question_contains_is_found_in_its_own_place(folders)
     assert item["labels"][: len(item["labels"]) // 2] == [qlora.IGNORED] * (len(item["labels"]) // 2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_not_mistaken_for_the_end_of_the_turn(folders, kind):
+    tokenizer = hub.check(str(folders[kind]))[1]
+    for said in ("s", "/s", "end"):
+        some = pd.DataFrame({"question": ["Why so?"], "answer": [said]})
+        assert labelled(tokenizer, qlora.encode(tokenizer, some, 64, end_of_turn=False)[0]).strip() == said
+
+
+def test_a_model_without_linear_layers_is_refused(settings):
+    with pytest.raises(UserError, match="no linear layers"):
+        qlora.check_layers(settings.qlora.model_copy(update={"target_modules": ["all-linear"]}), "gpt2", {})
+
+
 def test_long_rows_are_cut_and_short_ones_padded_out_of_the_loss(folders):
     tokenizer = hub.check(str(folders["mistral"]))[1]
     items = qlora.encode(tokenizer, rows(topics=2), 20, end_of_turn=True)

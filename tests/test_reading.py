@@ -1,6 +1,7 @@
 """Word clouds, attributions, classifier arithmetic, figures: behaviour on cases with known answers."""
 
 import json
+import shlex
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import artifacts, classifier, encoders, explain, finetune, gallery, profiles, style, tfidf, wordclouds
+from lib import artifacts, classifier, encoders, explain, finetune, gallery, profiles, run, style, tfidf, wordclouds
 from lib.errors import UserError
 
 WEIGHTS = {"party": 0.3, "friends": 0.2, "worry": -0.4, "🎉": 0.15}
@@ -111,6 +112,43 @@ def test_validation_shares_no_topic_with_fit():
     assert held["topic"].nunique() == 10
 
 
+@pytest.mark.parametrize(("topics", "share"), [(0, 0.5), (1, 0.1), (3, 0.9)])
+def test_topics_that_cannot_be_split_are_refused(topics, share):
+    rows = pd.DataFrame({"topic": np.repeat(np.arange(topics), 3), "answer": "x", "trait": "openness"})
+    with pytest.raises(UserError, match=f"^train topics: {topics} cannot be split .* {share}; give more") as caught:
+        classifier.split(rows, share, 0)
+    assert "classifier.validation_share" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_learning_curve_begins_with_the_seed_of_the_run(places):
+    words = {"extraversion": "party friends fun", "neuroticism": "worry fear sad"}
+    rows = pd.DataFrame([{"topic": i, "trait": t, "answer": w} for i in range(20) for t, w in words.items()])
+    curves = [
+        classifier.learning_curve("tfidf", profiles.load("smoke", seed), rows, rows, [8, 12], 2) for seed in (0, 5)
+    ]
+    assert [list(c["seed"]) for c in curves] == [[0, 1, 0, 1], [5, 6, 5, 6]]
+    assert len({p.name for p in (places / "results" / "smoke").glob("tfidf-*")}) == 8
+
+
+def test_an_encoder_trained_again_in_its_folder_is_another_one(tmp_path):
+    rows = pd.DataFrame({"topic": [1, 2], "trait": "openness", "answer": "x"})
+
+    def name(encoder, kind="encoder"):
+        settings = profiles.load("smoke", overrides={"classifier.encoder": encoder}, cwd=tmp_path)
+        return classifier.folder(kind, settings, rows, 0).name
+
+    for place in ("own", "moved/own"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text("{}")
+    first, linear = name("./own"), name("./own", "tfidf")
+    assert name("./moved/own") == first
+    assert len({first, name("packaged"), name("some/model"), name("other/model")}) == 4
+    (tmp_path / "own" / "config.json").write_text('{"more": 1}')
+    assert name("./own") != first
+    assert name("./own", "tfidf") == linear
+
+
 def test_calibration_by_hand():
     rows = pd.DataFrame({"confidence": [0.9] * 10, "trait": ["a"] * 10, "predicted": ["a"] * 6 + ["b"] * 4})
     table, ece = classifier.calibration(rows, bins=1)
@@ -140,6 +178,64 @@ def test_the_packaged_encoder_is_the_published_one(monkeypatch):
 def test_an_encoder_that_is_none_is_refused(name):
     with pytest.raises(UserError, match=r"classifier.encoder") as caught:
         encoders.check(name)
+    assert "\n" not in str(caught.value)
+
+
+def small_encoder(folder, config, **special):
+    """A random encoder in hub format with a tokenizer of few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[MASK]", "what", "a", "party", "with", "friends", "so", "much", "worry", "and", "fear"]
+    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64, **special
+    ).save_pretrained(folder)
+    config.vocab_size = len(words)
+    AutoModel.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def small_distilbert(folder, **special):
+    from transformers import DistilBertConfig
+
+    config = DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=64)
+    return small_encoder(folder, config, **special)
+
+
+def test_an_encoder_built_like_distilbert_is_fine_tuned_above_its_lowest_layers(tmp_path):
+    words = {"extraversion": "what a party with friends", "neuroticism": "so much worry and fear"}
+    rows = pd.DataFrame([{"trait": t, "answer": w} for t, w in words.items() for _ in range(8)])
+    own = {"classifier.encoder": small_distilbert(tmp_path / "own", mask_token="[MASK]"), "classifier.steps": 2}
+    own |= {"classifier.frozen_layers": 1, "classifier.token_dropout": 0.1, "classifier.precision": "fp32"}
+    model = finetune.Encoder(profiles.load("smoke", overrides=own).classifier).fit(rows, rows, 0, tmp_path / "work")
+    frozen = {n for n, p in model.model.body.named_parameters() if not p.requires_grad}
+    assert {n.split(".")[0] for n in frozen} == {"embeddings", "transformer"}
+    assert {n.split(".")[2] for n in frozen if n.startswith("transformer")} == {"0"}
+    assert model.predict_proba(["a party"]).shape == (1, 2)
+
+
+def test_an_encoder_of_another_build_is_refused_before_training(tmp_path):
+    from transformers import AlbertConfig
+
+    config = AlbertConfig(embedding_size=16, hidden_size=32, num_attention_heads=2, intermediate_size=32)
+    name = small_encoder(tmp_path / "own", config, mask_token="[MASK]")
+    with pytest.raises(UserError, match=r"classifier.encoder = .* type albert, not built like BERT") as caught:
+        encoders.check(name)
+    assert "\n" not in str(caught.value)
+    settings = profiles.load("smoke", overrides={"classifier.encoder": name}).classifier
+    with pytest.raises(UserError, match="not built like BERT"):
+        finetune.Encoder(settings).fit(pd.DataFrame(), pd.DataFrame(), 0, tmp_path)
+
+
+def test_without_a_mask_no_tokens_can_be_hidden(tmp_path):
+    name = small_distilbert(tmp_path / "own")
+    encoders.check(name)
+    encoders.check("packaged", 0.15)
+    settings = profiles.load("smoke", overrides={"classifier.encoder": name, "classifier.token_dropout": 0.1})
+    with pytest.raises(UserError, match=r"no mask token.*; set classifier.token_dropout=0") as caught:
+        finetune.Encoder(settings.classifier).fit(pd.DataFrame(), pd.DataFrame(), 0, tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -185,6 +281,42 @@ def test_no_path_of_this_machine_in_a_caption(places):
     save = style.Saver("01_dataset", profiles.load("smoke", overrides=overrides))
     assert "train.csv" in save.command
     assert "/somewhere" not in save.command + save.source
+    models = {"chat.models": ["/somewhere/one", "org/two"], "origins.models": {"party": "/somewhere/three"}}
+    command = style.Saver("03_qlora", profiles.load("smoke", overrides=models)).command
+    assert "/somewhere" not in command
+    assert all(name in command for name in ("one", "org/two", "three"))
+
+
+ODD = {
+    "judge.request": {"temperature": 1, "stop": ["a", 'b"'], "extra body": {"top_k": 0.5, "think": False}, "empty": {}},
+    "explain.topic": "World War I",
+    "judge.model": "some/model",
+    "judge.base_url": "http://127.0.0.1:8000/v1",
+    "judge.key_variable": "",
+    "opinions.hub_revision": "2024",  # a text, not a number
+    "classifier.tfidf_c": [0.1, 1e-05],
+    "chat.models": ["org/it's", "a b"],
+    "opinions.allow_emoji": True,
+    "explain.trait": 'a $HOME `x` "\n\x7f\\',
+}
+
+
+@pytest.mark.parametrize("keys", [[k] for k in ODD] + [list(ODD)])
+def test_the_command_says_what_was_asked_for(keys):
+    overrides = {k: ODD[k] for k in keys}
+    command = style.Saver("02_classifier", profiles.load("smoke", 1, overrides)).command
+    args = run.arguments(shlex.split(command)[1:])
+    assert dict(profiles.parse_override(text) for text in args.set) == overrides
+    assert (args.profile, args.only, args.seed) == ("smoke", ["02"], 1)
+
+
+def test_a_simple_command_is_written_simply():
+    overrides = {"chat.precision": "fp32", "classifier.steps": 5, "opinions.allow_emoji": True}
+    command = style.Saver("03_qlora", profiles.load("smoke", 2, overrides)).command
+    assert command == (
+        "./run_all.sh --profile smoke --only 03 --seed 2 --set chat.precision=fp32 --set classifier.steps=5 "
+        "--set opinions.allow_emoji=true"
+    )
 
 
 def test_the_encoder_learns_saves_loads_and_predicts_the_same(tmp_path):

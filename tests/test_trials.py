@@ -79,6 +79,10 @@ def test_a_draw_of_topics_is_the_same_for_every_trait():
         ({"grid_quick__control_traits": ["joy"]}, "trait 'joy' is not in the opinions"),
         ({"grid_quick__rank": [512]}, "qlora.rank = 512"),
         ({"origins__models": {"linked": "no/such/folder"}}, "no such folder"),
+        (
+            {"origins__models": {"linked": "data/organisms/tiny-llama", "none": "data/organisms/tiny-mistral"}},
+            r"qlora.steps: unlike for the models of origins.models \(tiny-llama 72, tiny-mistral 104\)",
+        ),
     ],
 )
 def test_a_grid_that_cannot_be_run_is_refused(overrides, message):
