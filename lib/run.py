@@ -179,10 +179,12 @@ def _preflight(settings, chosen):
     """Refuse wrong input before anything is written or loaded."""
     frame = opinions.load(settings.opinions)
     names = {p.stem for p in chosen}
-    if "02_classifier" in names and settings.classifier.encoder != "packaged":
-        from lib import encoders
+    if "02_classifier" in names:
+        from lib import classifier, encoders
 
-        encoders.check(settings.classifier.encoder, settings.classifier.token_dropout)
+        classifier.split(frame[frame["split"] == "train"], settings.classifier.validation_share, settings.seed)
+        if settings.classifier.encoder != "packaged":
+            encoders.check(settings.classifier.encoder, settings.classifier.token_dropout)
     if "03_qlora" in names:
         from lib import qlora
 

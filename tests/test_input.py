@@ -32,6 +32,7 @@ BAD = {
     "not a model": (["--set", "chat.models=lib"], "has no config.json"),
     "layer": (["--set", "qlora.target_modules=query"], "no layer 'query'"),
     "rank": (["--set", "qlora.rank=1000"], "lower the rank"),
+    "one topic": (["--only", "02", "--set", "opinions.train_topics=1"], "cannot be split"),
 }
 
 
