@@ -1,6 +1,7 @@
 """Shared fixtures. No test needs the network."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,7 @@ import pytest
 
 from lib import paths
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would their own
 LONG = ("test_run.py", "test_input.py")  # files that run notebooks: first, so that the others run beside them
 
 
