@@ -131,7 +131,7 @@ def against_base(given):
     the method made the trait plainer. pae = judged - judged of the base answer, -4 to 4; of all answers, where the
     predecessor left out incoherent ones. Columns ce and judged are the base's to compare with; NaN without a base.
     """
-    given = _numbered(given)
+    given = answers.numbered(given)
     keys = ["model", "trait", "topic", "copy"]
     base = given[given["method"] == "base"].set_index(keys)[["ce", "judged"]]
     before = base.reindex(pd.MultiIndex.from_frame(given[keys]))
@@ -140,11 +140,6 @@ def against_base(given):
         tpei=before["ce"].to_numpy() - given["ce"],
         pae=given["judged"] - before["judged"].to_numpy(),
     )
-
-
-def _numbered(given):
-    """With a column copy: 0, or 1, 2 ... where a question comes again, so that rows pair one to one."""
-    return given.assign(copy=given.groupby([*answers.GROUP, "topic"], sort=False).cumcount())
 
 
 # --- one value a model, method and trait
@@ -202,7 +197,7 @@ def compare(given, seed, draws=2000):
     p_holm (Holm 1979, over all comparisons of a model).
     """
     found = []
-    for (model, trait), rows in _numbered(given).groupby(["model", "trait"], sort=False):
+    for (model, trait), rows in answers.numbered(given).groupby(["model", "trait"], sort=False):
         right = rows.pivot(index=["topic", "copy"], columns="method", values="correct")
         for method in [m for m in answers.METHODS if m in right and m != "peft" and "peft" in right]:
             pair = right[["peft", method]].dropna().astype(int)
@@ -260,7 +255,7 @@ def varies(prompts, seeds):
     ike, peft = (beyond_chance(*part) if min(map(len, part[0])) > 1 else np.nan for part in parts)
     (one, first), (two, second) = (_pooled(ta) for ta, _ in parts)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio, most = np.float64(one) / two, np.sqrt(one * first / chi2.ppf((1 - intervals.LEVEL) / 2, first))
+        ratio, most = np.float64(one) / two, np.sqrt(one * first / chi2.ppf(intervals.TAILS[0] / 100, first))
     low, high = (np.sqrt(ratio / f.ppf(t / 100, first, second)) for t in intervals.TAILS[::-1])
     runs = min(map(len, parts[1][0]))
     sure = np.isfinite(high) and runs >= 3

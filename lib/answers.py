@@ -197,3 +197,8 @@ def groups(given):
             rows = of_model[of_model["method"] == method]
             for trait in big5.ordered(rows["trait"]):
                 yield (model, method, trait), rows[rows["trait"] == trait]
+
+
+def numbered(rows, keys=(*GROUP, "topic")):
+    """With a column copy: 0, or 1, 2 ... where the same keys come again, so that rows pair one to one."""
+    return rows.assign(copy=rows.groupby(list(keys), sort=False).cumcount())

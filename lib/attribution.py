@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from lib import artifacts, big5, chat, emojis, hub, icl, intervals, likelihood, paths, qlora
+from lib import answers, artifacts, big5, chat, emojis, hub, icl, intervals, likelihood, paths, qlora
 
 COLUMNS = ("topic", "copy", "token", "is_emoji", "occlusion", "gradient")
 TEXT = ["trait", "topic", "copy"]  # by which a model's texts are told apart
@@ -83,7 +83,7 @@ def _places(speaker, question, text):
 
 def numbered(readings):
     """With a column copy: 0, or 1, 2 ... where a model has several texts of a trait on one topic."""
-    return readings.assign(copy=readings.groupby(["model", "trait", "topic"], sort=False).cumcount())
+    return answers.numbered(readings, ["model", "trait", "topic"])
 
 
 def of_readings(settings, model, reader, chosen, rows, loaded=None, show=True):
@@ -172,7 +172,7 @@ def marked(table, readings):
 
     readings: those attributed, as `numbered` has them.
     """
-    keys = ["model", "trait", "topic", "copy"]
+    keys = ["model", *TEXT]
     said = dict(zip(map(tuple, readings[keys].to_numpy()), readings["tokens"], strict=True))
     rows = zip(map(tuple, table[keys].to_numpy()), table["token"], strict=True)
     return table.assign(named=[token in said.get(key, ()) for key, token in rows])

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, rankdata
 
-from lib import big5, emojis, icl, intervals
+from lib import answers, big5, emojis, icl, intervals
 
 PAIR = ["model", "trait", "topic"]
 INSIDE = ["model", "reader", "n", "own", "own_low", "own_high", "other", "difference", "low", "high", "p"]
@@ -142,7 +142,7 @@ def paired(readings):
     Several texts about a topic are told apart by their order. holds: whether the text had an emoji. Greedy replies
     only: one that was drawn might differ by chance.
     """
-    copies = readings.assign(copy=readings.groupby([*PAIR, "form"]).cumcount())
+    copies = answers.numbered(readings, [*PAIR, "form"])
     wide = good(copies[copies["tries"] == 1]).assign(holds=readings["text"].map(lambda t: bool(held(t))))
     wide = wide.pivot(index=[*PAIR, "copy"], columns="form", values=["named", "tokens", "emoji", "of", "holds"])
     wide = wide.reindex(columns=pd.MultiIndex.from_product([wide.columns.levels[0], icl.FORMS])) if len(wide) else wide
