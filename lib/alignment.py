@@ -35,12 +35,6 @@ def check(settings, given):
     return given
 
 
-def common(given):
-    """Answers to the questions that every method answered, so that all are measured on the same ones."""
-    methods = given.groupby(["model", "trait", "topic"])["method"].transform("nunique")
-    return given[methods == given["method"].nunique()].reset_index(drop=True)
-
-
 def kept(settings, name, notebook):
     """A table that another notebook saved, figures/<profile>/<name>.csv. Raises UserError."""
     path = paths.FIGURES / settings.profile / f"{name}.csv"

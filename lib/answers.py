@@ -24,19 +24,19 @@ MAKERS = {
     "base": ("03_qlora", ("chat",), ("cache", "chat", "hub", "qlora"), ()),
     "prompt": (
         "04_baselines",
-        ("chat", "baselines", "ike"),
+        ("chat", "ike"),
         ("cache", "chat", "hub", "qlora", "ike"),
         ("personas.toml",),
     ),
     "ike": (
         "04_baselines",
-        ("chat", "baselines", "ike"),
+        ("chat", "ike"),
         ("cache", "chat", "hub", "qlora", "ike", "encoders"),
         ("ike.toml",),
     ),
     "mend": (
         "04_baselines",
-        ("chat", "baselines", "mend"),
+        ("chat", "mend"),
         ("cache", "chat", "hub", "classifier", "qlora", "mend"),
         (),
     ),
@@ -77,6 +77,11 @@ def folder(settings, model, method, trait):
     shaped = [*(artifacts.code(m) for m in modules), *(paths.ROOT / "data" / "prompts" / f for f in files)]
     mark = artifacts.fingerprint(values, settings.seed, opinions.fingerprint(settings), hub.identity(model), *shaped)
     return paths.RESULTS / settings.profile / f"answers-{hub.label(model)}-{method}-{trait}-{mark}"
+
+
+def asked(settings, rows):
+    """The rows that the models are asked about: those of the first `chat.topics` topics, 0 = all."""
+    return rows[rows["topic"].isin(rows["topic"].drop_duplicates().head(settings.chat.topics or None))]
 
 
 def identity(settings, notebook):

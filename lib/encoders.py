@@ -44,11 +44,10 @@ def stack(body):
     return next((layers for layers in found if layers is not None and hasattr(body, "embeddings")), None)
 
 
-def check(name, token_dropout=0.0):
+def check(name):
     """Refuse an encoder that is not there or cannot be fine-tuned, before anything is trained. Raises UserError.
 
-    token_dropout: share of tokens that training hides, for which the tokenizer needs a mask. Of an encoder on the hub
-    only settings and tokenizer are fetched. Returns its configuration.
+    Of an encoder on the hub only settings and tokenizer are fetched. Returns its configuration.
     """
     path = place(name)
     import torch
@@ -60,16 +59,11 @@ def check(name, token_dropout=0.0):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             body = AutoModel.from_config(config, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if stack(body) is None:
         raise UserError(
             f"classifier.encoder = {name!r}: is of type {config.model_type}, not built like BERT, RoBERTa or "
             "DistilBERT, so its lowest layers cannot be told; give an encoder that is"
-        )
-    if token_dropout and tokenizer.mask_token is None:
-        raise UserError(
-            f"classifier.encoder = {name!r}: its tokenizer has no mask token, so no tokens can be hidden in training; "
-            "set classifier.token_dropout=0, or give another encoder"
         )
     return config
 

@@ -59,7 +59,7 @@ class Encoder:
 
         Raises UserError where the encoder cannot be fine-tuned with these settings.
         """
-        encoders.check(self.settings.encoder, self.settings.token_dropout)
+        encoders.check(self.settings.encoder)
         set_seed(seed)
         path = encoders.place(self.settings.encoder)
         self.traits = big5.ordered(train["trait"])
@@ -140,21 +140,23 @@ def _use_bf16(precision):
     return hardware.bf16() if precision == "auto" else precision == "bf16"
 
 
-class HidingCollator(DataCollatorWithPadding):
-    """Pads a batch; while the model trains, it also replaces a share of the tokens by the mask token."""
+class ThinningCollator(DataCollatorWithPadding):
+    """Pads a batch; while the model trains, it first leaves out a share of each text's tokens, drawn at random."""
 
     def __init__(self, tokenizer, share, model):
         super().__init__(tokenizer)
         self.share, self.model = share, model
 
     def __call__(self, items):
-        batch = super().__call__(items)
-        if self.model.training and self.share:
-            ids = batch["input_ids"]
-            special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
-            hidden = (torch.rand(ids.shape) < self.share) & ~special
-            batch["input_ids"] = ids.masked_fill(hidden, self.tokenizer.mask_token_id)
-        return batch
+        return super().__call__([self.thin(i) for i in items] if self.model.training and self.share else items)
+
+    def thin(self, item):
+        """A text's item without the tokens left out. Those that the tokenizer adds stay, and one of the text's own."""
+        ids = torch.tensor(item["input_ids"])
+        own = (~torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))).nonzero().flatten()
+        kept = torch.ones(len(ids), dtype=torch.bool)
+        kept[own[torch.randperm(len(own))[: min(round(self.share * len(own)), len(own) - 1)]]] = False
+        return item | {"input_ids": ids[kept].tolist(), "attention_mask": [1] * int(kept.sum())}
 
 
 def _trainer(encoder, train, validation, seed, folder):
@@ -181,5 +183,5 @@ def _trainer(encoder, train, validation, seed, folder):
         seed=seed,
         data_seed=seed,
     )
-    collate = HidingCollator(encoder.tokenizer, s.token_dropout, encoder.model)
+    collate = ThinningCollator(encoder.tokenizer, s.token_dropout, encoder.model)
     return Trainer(encoder.model, arguments, train_dataset=train, eval_dataset=validation, data_collator=collate)

@@ -147,7 +147,9 @@ def check(settings, rows, train):
     for topic in train["topic"].unique():
         if opinions.key(topic) in tested:
             raise UserError(f"opinions: topic {topic!r} is in train and test; keep its rows in one of the two files")
-    s = settings.sensitivity
+    s, there = settings.sensitivity, big5.ordered(rows["trait"])
+    if not set(s.traits) & set(there):
+        raise UserError(f"sensitivity.traits: no test rows for {', '.join(s.traits)}; choose from {', '.join(there)}")
     for wording in {settings.ike.wording, *range(s.wordings)}:
         ike_questions(settings, rows, train, wording, "random")
     for kind in {settings.ike.demonstrations, *s.sets} - {"nearest"}:
@@ -187,16 +189,15 @@ def ask(settings, loaded, method, rows, put, show=True, **how):
     return given.assign(question=list(rows["question"]))
 
 
-def chosen(settings, rows):
-    """The test rows that notebook 04 asks about: those of the first `baselines.topics` topics, 0 = all."""
-    return rows[rows["topic"].isin(rows["topic"].drop_duplicates().head(settings.baselines.topics or None))]
+def limited(settings, rows, traits=None):
+    """The rows about `sensitivity.topics` topics, a draw that is the same for every seed.
 
-
-def limited(settings, rows):
-    """The rows about the topics on which sensitivity is measured: a seeded draw, the same for every seed of a run."""
+    traits: of which; None for all.
+    """
     topics = rows["topic"].drop_duplicates()
     few = topics.sample(min(settings.sensitivity.topics, len(topics)), random_state=0)
-    return rows[rows["topic"].isin(few)].reset_index(drop=True)
+    kept = rows["topic"].isin(few) & rows["trait"].isin(big5.NAMES if traits is None else traits)
+    return rows[kept].reset_index(drop=True)
 
 
 def varied(settings):
@@ -212,7 +213,7 @@ def sensitivity(settings, model, wording, rows, train, judge, show=True):
     interruption loses those of one wording. Every prompt is asked with the same random draws.
     """
     check(settings, rows, train)
-    rows, parts = limited(settings, rows), []
+    rows, parts = limited(settings, rows, settings.sensitivity.traits), []
     for kind in settings.sensitivity.sets:
         parts.append(rows.assign(put=ike_questions(settings, rows, train, wording, kind), demonstrations=kind))
     asked = pd.concat(parts, ignore_index=True)
@@ -231,7 +232,7 @@ def seeds(settings, model, rows, train, judge, show=True):
     The counterpart of `sensitivity`, on the same rows: each seed trains an adapter a trait (those of the run's own seed
     are notebook 03's) and samples its answers.
     """
-    rows, first = limited(settings, rows), settings.seed
+    rows, first = limited(settings, rows, settings.sensitivity.traits), settings.seed
     loaded, parts, identity = [], [], hub.identity(model)
     for seed in range(first, first + settings.sensitivity.seeds):
         own = settings.model_copy(update={"seed": seed})

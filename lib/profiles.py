@@ -97,6 +97,7 @@ class Chat(Section):
     temperature: Annotated[float, Field(ge=0)]
     top_p: Annotated[float, Field(gt=0, le=1)]
     max_new_tokens: Count
+    topics: Annotated[int, Field(ge=0)]
     batch_size: Count
 
 
@@ -123,10 +124,6 @@ class Qlora(Section):
     keep: list[Count]
 
 
-class Baselines(Section):
-    topics: Annotated[int, Field(ge=0)]
-
-
 class Ike(Section):
     persona: Annotated[int, Field(ge=0)]
     wording: Annotated[int, Field(ge=0)]
@@ -136,6 +133,7 @@ class Ike(Section):
 
 class Sensitivity(Section):
     models: Annotated[int, Field(ge=0)]
+    traits: Annotated[list[Literal[big5.NAMES]], BeforeValidator(_listed), Field(min_length=1)]
     wordings: Count
     sets: Annotated[list[Demonstrations], BeforeValidator(_listed), Field(min_length=1)]
     topics: Annotated[int, Field(ge=2)]
@@ -273,7 +271,6 @@ class Settings(Section):
     explain: Explain
     chat: Chat
     qlora: Qlora
-    baselines: Baselines
     ike: Ike
     mend: Mend
     sensitivity: Sensitivity

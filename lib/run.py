@@ -184,7 +184,7 @@ def _preflight(settings, chosen):
 
         classifier.split(frame[frame["split"] == "train"], settings.classifier.validation_share, settings.seed)
         if settings.classifier.encoder != "packaged":
-            encoders.check(settings.classifier.encoder, settings.classifier.token_dropout)
+            encoders.check(settings.classifier.encoder)
     if "03_qlora" in names:
         from lib import qlora
 

@@ -44,13 +44,13 @@ STEPS = {
         shares=("heard",),
     ),
     "04_baselines": Step(
-        ("opinions", "classifier", "chat", "qlora", "baselines", "ike", "mend", "sensitivity"),
+        ("opinions", "classifier", "chat", "qlora", "ike", "mend", "sensitivity"),
         ("answers-*-prompt", "answers-*-ike", "answers-*-mend", "sensitivity", "editor"),
         (TOPICS,),
         shares=("heard",),
     ),
     "05_alignment": Step(
-        ("opinions", "classifier", "chat", "qlora", "baselines", "ike", "mend", "sensitivity", "judge", "alignment"),
+        ("opinions", "classifier", "chat", "qlora", "ike", "mend", "sensitivity", "judge", "alignment"),
         ("scores", "judge"),
         ("data/prompts/pae.toml", REPORTED),
         ("04_sensitivity.csv", "04_seeds.csv"),

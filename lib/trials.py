@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import artifacts, big5, chat, classifier, emojis, fanout, hub, opinions, paths, qlora
+from lib import answers, artifacts, big5, chat, classifier, emojis, fanout, hub, opinions, paths, qlora
 from lib.errors import UserError
 
 TRAINED = ("sentences", "rank", "learning_rate", "precision", "steps")  # sweeps that need trainings of their own
@@ -144,7 +144,8 @@ def tuning_rows(cell, train):
 
 
 def questions(settings, test, trait, every):
-    """The test rows of a trait that a cell answers: all, or a draw of `origins.topics` topics, always the same."""
+    """The test rows of a trait that a cell answers: `answers.asked`, or a draw of `origins.topics` of their topics."""
+    test = answers.asked(settings, test)
     topics = test["topic"].drop_duplicates()
     if not every:
         topics = topics.sample(min(settings.origins.topics, len(topics)), random_state=0)

@@ -300,17 +300,6 @@ def test_verdicts_of_several_models():
     assert alignment.combined(["holds", "does not hold"]) == "undecided here"
 
 
-def test_methods_are_measured_on_the_questions_that_all_of_them_answered():
-    rows = given(*[(m, "openness", t, "") for m in answers.METHODS for t in ("a", "b")])
-    rows = pd.concat([rows, given(("base", "openness", "c", ""), ("peft", "openness", "c", ""))])
-    found = alignment.common(rows)
-    assert set(found["topic"]) == {"a", "b"}
-    assert len(found) == 2 * len(answers.METHODS)
-    other = rows[rows["topic"] != "b"].assign(model="other")  # each model by itself
-    both = alignment.common(pd.concat([rows, other]))
-    assert {m: set(t) for m, t in both.groupby("model")["topic"]} == {"tiny": {"a", "b"}, "other": {"a"}}
-
-
 def test_missing_methods_and_tables_name_the_notebook(places):
     settings = SimpleNamespace(chat=SimpleNamespace(models=["data/tiny"]), profile="tiny")
     rows = given(*[(m, "openness", "a", "") for m in answers.METHODS])

@@ -281,15 +281,17 @@ def test_another_wording_makes_new_answers_and_the_sensitivity_does_not(running,
     assert answers.folder(more, model, "ike", "neuroticism") == place
 
 
-def test_the_methods_of_notebook_04_answer_the_first_topics_and_those_of_03_all(running, model):
+def test_every_method_is_asked_about_the_same_first_topics(running, model):
     many = rows(TOPICS)
     for count, topics in ((0, TOPICS), (2, TOPICS[:2]), (99, TOPICS)):
-        few = profiles.load("smoke", overrides=running.overrides | {"baselines.topics": count})
-        assert list(ike.chosen(few, many)["topic"].unique()) == list(topics)
-    fewer = profiles.load("smoke", overrides=running.overrides | {"baselines.topics": 2})
-    for method, same in (("prompt", False), ("ike", False), ("mend", False), ("base", True), ("peft", True)):
-        places = [answers.folder(s, model, method, "neuroticism") for s in (running, fewer)]
-        assert (places[0] == places[1]) == same
+        few = profiles.load("smoke", overrides=running.overrides | {"chat.topics": count})
+        assert list(answers.asked(few, many)["topic"].unique()) == list(topics)
+        assert len(answers.asked(few, many)) == len(topics) * len(TRAITS)
+    fewer = profiles.load("smoke", overrides=running.overrides | {"chat.topics": 2})
+    for method in answers.METHODS:
+        assert answers.folder(fewer, model, method, "neuroticism") != answers.folder(
+            running, model, method, "neuroticism"
+        )
 
 
 def test_rows_of_several_traits_are_answered_as_those_of_each_would_be(running, split, model):
@@ -388,6 +390,21 @@ def test_limited_topics_are_the_same_for_every_seed():
     assert len(found) == 10
     pd.testing.assert_frame_equal(found, ike.limited(other, many))
     assert len(ike.limited(small, rows(["Rome", "Oslo"]))) == 4
+    one = ike.limited(small, many, ["neuroticism"])
+    pd.testing.assert_frame_equal(one, found[found["trait"] == "neuroticism"].reset_index(drop=True))
+
+
+def test_sensitivity_is_of_the_chosen_traits_only(running, split, model):
+    train, test = split
+    one = profiles.load("smoke", overrides=running.overrides | {"sensitivity.traits": ["neuroticism"]})
+    assert set(ike.sensitivity(one, model, 0, test, train, Judge(), show=False)["trait"]) == {"neuroticism"}
+    assert set(ike.seeds(one, model, test, train, Judge(), show=False)["trait"]) == {"neuroticism"}
+    none = profiles.load("smoke", overrides=running.overrides | {"sensitivity.traits": ["openness"]})
+    with pytest.raises(
+        UserError, match=r"^sensitivity.traits: no test rows for openness; choose from extraversion, "
+    ) as e:
+        ike.check(none, test, train)
+    assert "\n" not in str(e.value)
 
 
 def hits(right):

@@ -181,33 +181,32 @@ def test_an_encoder_that_is_none_is_refused(name):
     assert "\n" not in str(caught.value)
 
 
-def small_encoder(folder, config, **special):
+def small_encoder(folder, config):
     """A random encoder in hub format with a tokenizer of few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModel, PreTrainedTokenizerFast
 
-    words = ["[PAD]", "[UNK]", "[MASK]", "what", "a", "party", "with", "friends", "so", "much", "worry", "and", "fear"]
+    words = ["[PAD]", "[UNK]", "what", "a", "party", "with", "friends", "so", "much", "worry", "and", "fear"]
     plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64, **special
-    ).save_pretrained(folder)
+    own = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64)
+    own.save_pretrained(folder)
     config.vocab_size = len(words)
     AutoModel.from_config(config).save_pretrained(folder)
     return str(folder)
 
 
-def small_distilbert(folder, **special):
+def small_distilbert(folder):
     from transformers import DistilBertConfig
 
     config = DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=64)
-    return small_encoder(folder, config, **special)
+    return small_encoder(folder, config)
 
 
 def test_an_encoder_built_like_distilbert_is_fine_tuned_above_its_lowest_layers(tmp_path):
     words = {"extraversion": "what a party with friends", "neuroticism": "so much worry and fear"}
     rows = pd.DataFrame([{"trait": t, "answer": w} for t, w in words.items() for _ in range(8)])
-    own = {"classifier.encoder": small_distilbert(tmp_path / "own", mask_token="[MASK]"), "classifier.steps": 2}
+    own = {"classifier.encoder": small_distilbert(tmp_path / "own"), "classifier.steps": 2}
     own |= {"classifier.frozen_layers": 1, "classifier.token_dropout": 0.1, "classifier.precision": "fp32"}
     model = finetune.Encoder(profiles.load("smoke", overrides=own).classifier).fit(rows, rows, 0, tmp_path / "work")
     frozen = {n for n, p in model.model.body.named_parameters() if not p.requires_grad}
@@ -220,7 +219,7 @@ def test_an_encoder_of_another_build_is_refused_before_training(tmp_path):
     from transformers import AlbertConfig
 
     config = AlbertConfig(embedding_size=16, hidden_size=32, num_attention_heads=2, intermediate_size=32)
-    name = small_encoder(tmp_path / "own", config, mask_token="[MASK]")
+    name = small_encoder(tmp_path / "own", config)
     with pytest.raises(UserError, match=r"classifier.encoder = .* type albert, not built like BERT") as caught:
         encoders.check(name)
     assert "\n" not in str(caught.value)
@@ -229,14 +228,28 @@ def test_an_encoder_of_another_build_is_refused_before_training(tmp_path):
         finetune.Encoder(settings).fit(pd.DataFrame(), pd.DataFrame(), 0, tmp_path)
 
 
-def test_without_a_mask_no_tokens_can_be_hidden(tmp_path):
-    name = small_distilbert(tmp_path / "own")
-    encoders.check(name)
-    encoders.check("packaged", 0.15)
-    settings = profiles.load("smoke", overrides={"classifier.encoder": name, "classifier.token_dropout": 0.1})
-    with pytest.raises(UserError, match=r"no mask token.*; set classifier.token_dropout=0") as caught:
-        finetune.Encoder(settings.classifier).fit(pd.DataFrame(), pd.DataFrame(), 0, tmp_path)
-    assert "\n" not in str(caught.value)
+def test_training_leaves_out_a_share_of_the_tokens_and_reading_none():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoders.place("packaged"))
+    texts = ["I love a party with all of my friends", "a", ""]
+    items = [dict(tokenizer(text, return_token_type_ids=False)) for text in texts]
+    body = torch.nn.Linear(1, 1)
+    collate = finetune.ThinningCollator(tokenizer, 0.3, body)
+    torch.manual_seed(0)
+    whole = items[0]["input_ids"]
+    drawn = [collate.thin(items[0])["input_ids"] for _ in range(20)]
+    assert {len(ids) for ids in drawn} == {len(whole) - round(0.3 * (len(whole) - 2))}
+    assert len({tuple(ids) for ids in drawn}) > 10
+    for ids in drawn:
+        assert (ids[0], ids[-1]) == (whole[0], whole[-1])
+        left = iter(whole)
+        assert all(i in left for i in ids), "in another order"
+    assert [collate.thin(i)["input_ids"] for i in items[1:]] == [i["input_ids"] for i in items[1:]]
+    assert finetune.ThinningCollator(tokenizer, 0.99, body).thin(items[0])["attention_mask"] == [1, 1, 1]
+    assert collate(items)["input_ids"].shape[1] == len(drawn[0])
+    body.eval()
+    assert collate(items)["input_ids"][0].tolist() == whole
 
 
 def test_half_written_checkpoints_are_not_trusted(tmp_path):
