@@ -16,6 +16,8 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trai
 from lib import big5, encoders, hardware
 from lib.errors import UserError
 
+SAVED_EVERY = 100  # steps between checkpoints, from which an interrupted training goes on
+
 
 class Pooled(torch.nn.Module):
     """A pretrained encoder whose token vectors are averaged and mapped to traits by one linear layer.
@@ -176,7 +178,8 @@ def _trainer(encoder, train, validation, seed, folder):
         bf16=_use_bf16(s.precision),
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="epoch",
-        save_strategy="epoch",
+        save_strategy="steps",
+        save_steps=SAVED_EVERY,
         save_total_limit=1,
         logging_steps=max(1, steps // 25),
         report_to="none",

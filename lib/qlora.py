@@ -230,6 +230,8 @@ def fit(settings, model, rows, work, target, progress):
     for own in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(own)
     trainer.train(resume_from_checkpoint=finetune.whole_checkpoint(Path(work)))
+    if trainer.state.global_step % trainer.args.eval_steps:  # the curve ends where the training does
+        trainer.evaluate()
     tuned.save_pretrained(target, safe_serialization=True)
     facts = record(trainer, parts[0], tuned, began)
     (Path(target) / "training.json").write_text(json.dumps(facts, indent=1), "utf-8")
@@ -257,7 +259,7 @@ def arguments(settings, model, rows, work):
         use_cpu=not gpu,
         train_sampling_strategy="group_by_length",
         eval_strategy="steps",
-        eval_steps=10 * often,
+        eval_steps=-(-most // 2),
         eval_on_start=True,
         logging_steps=often,
         logging_first_step=True,

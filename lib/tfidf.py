@@ -25,7 +25,8 @@ class Tfidf:
     def traits(self):
         return list(self.pipeline.classes_)
 
-    def _fit(self, rows, c):
+    def fit(self, train, validation):
+        """Choose C by accuracy on `validation`, then keep the model fitted to `train`. Raises UserError."""
         s = self.settings
         grams = TfidfVectorizer(
             tokenizer=emojis.tokens,
@@ -35,19 +36,16 @@ class Tfidf:
             min_df=s.tfidf_min_df,
             sublinear_tf=True,
         )
-        model = make_pipeline(grams, LogisticRegression(C=c, max_iter=1000))
         try:
-            return model.fit(list(rows["answer"]), list(rows["trait"]))
+            counts = grams.fit_transform(list(train["answer"]))
+            models = [LogisticRegression(C=c, max_iter=1000).fit(counts, list(train["trait"])) for c in s.tfidf_c]
         except ValueError as error:
             raise UserError(
-                f"classifier: too few words in {len(rows)} answers for TF-IDF ({error}); lower classifier.tfidf_min_df"
+                f"classifier: too few words in {len(train)} answers for TF-IDF ({error}); lower classifier.tfidf_min_df"
             ) from None
-
-    def fit(self, train, validation):
-        """Choose C by accuracy on `validation`, then keep the model fitted to `train`."""
-        models = {c: self._fit(train, c) for c in self.settings.tfidf_c}
-        scores = {c: m.score(list(validation["answer"]), list(validation["trait"])) for c, m in models.items()}
-        self.pipeline = models[max(scores, key=scores.get)]
+        held = grams.transform(list(validation["answer"]))
+        best = max(models, key=lambda m: m.score(held, list(validation["trait"])))
+        self.pipeline = make_pipeline(grams, best)
         return self
 
     def predict_proba(self, texts):
