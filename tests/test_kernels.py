@@ -20,7 +20,7 @@ import sys
 import nbformat
 from nbclient import NotebookClient
 from lib import kernels
-kernels.IMPORTED = ("colorsys",)  # quick to import, and by nothing else here
+kernels.RUNNER, kernels.IMPORTED = (), ("colorsys",)  # quick to import, and by nothing else here
 assert kernels.prepare()
 cells = [nbformat.v4.new_code_cell(source) for source in sys.argv[1:]]
 notebook = nbformat.v4.new_notebook(cells=cells)
@@ -79,3 +79,13 @@ def _until(holds):
 def test_no_copies_where_there_is_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "GPUS", (str(tmp_path),))
     assert not kernels.prepare()
+
+
+def test_a_copy_need_not_import_what_the_runner_imports():
+    """multiprocessing runs the main module again in every copy, `lib.run` in a run: only itself may be left to load."""
+    told = "import importlib, sys\nfrom lib import kernels\n"
+    told += "for name in ('ipykernel.kernelapp', *kernels.RUNNER):\n    importlib.import_module(name)\n"
+    told += "before = set(sys.modules)\nimport lib.run\nprint(*(set(sys.modules) - before))"
+    env = os.environ | {"PYTHONPATH": str(paths.ROOT)}
+    found = subprocess.run([sys.executable, "-c", told], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["lib.run"]
