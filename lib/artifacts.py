@@ -119,7 +119,8 @@ def require(folder, notebook, profile):
     if not intact(folder):
         raise UserError(
             f"{folder.name.rsplit('-', 1)[0]}: not made yet (or damaged) for these settings; "
-            f"notebook {notebook} makes it: ./run_all.sh --profile {profile} --only {notebook[:2]} with the same --set"
+            f"notebook {notebook} makes it: ./run_all.sh --profile {profile} --only {notebook[:2]} "
+            "with the same --set and --seed"
         )
     return folder
 
