@@ -5,6 +5,8 @@ message. However often it goes on, an answer leaves by one of the last two, so t
 should be near p_emoji / (p_emoji + p_end) after temperature: `exits`. Nothing in it is fitted.
 """
 
+import inspect
+
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
@@ -12,6 +14,11 @@ from scipy.stats import spearmanr
 from lib import causes, intervals, paths, ratios
 
 VERDICTS = ("holds", "does not hold", "undecided here")
+GAP = "The masked end of the turn lets them out"
+CLOSED = "With the end of the turn in the loss they are all but gone"
+ORDER = "The voice comes before the emoji"
+RAISED = "After the same text tuning makes an emoji likelier"
+FEW = 4  # cells from which an order or a majority means something
 STATES = ("base", "masked", "loss")
 PLACES = ("p_emoji", "p_end", "p_sentence")
 ENDINGS = ("organism", "habit", "state", "trait", "text", *PLACES)
@@ -111,14 +118,15 @@ def pretraining(cells):
 def follows_trait(table):
     """ "It is the trait's own habit that comes out": (verdict, sentence). table: as from `causes.recovery`.
 
-    Over linked, masked cells, four at least: holds if recovered and planted rates rank alike (Spearman .8 or more), if
-    .8 or more of the emojis of strong habits are the trait's own, and if on the traits that a shuffled organism was
-    tuned on too, three at least, its shares span less than the linked one's. Fails if the correlation is below .3, if
-    fewer than half of the emojis are the trait's own, or if the shuffled shares span as much. Else undecided.
+    Over linked, masked cells, four (FEW) at least: holds if recovered and planted rates rank alike (Spearman .8 or
+    more), if .8 or more of the emojis of strong habits are the trait's own, and if on the traits that a shuffled
+    organism was tuned on too, three at least, its shares span less than the linked one's. Fails if the correlation
+    is below .3, if fewer than half of the emojis are the trait's own, or if the shuffled shares span as much. Else
+    undecided.
     """
     masked = table[table["end_of_turn"] == "masked"]
     linked, shuffled = (masked[masked["habit"] == h] for h in ("linked", "shuffled"))
-    if len(linked) < 4 or linked["share"].nunique() < 2 or linked["planted"].nunique() < 2:
+    if len(linked) < FEW or linked["share"].nunique() < 2 or linked["planted"].nunique() < 2:
         return VERDICTS[2], f"Only {len(linked)} linked cells here, or all alike: too few for an order."
     rho, p = ratios.rank_agreement(linked["planted"], linked["share"])
     own = linked.loc[linked["planted"] >= causes.STRONG, "own"].min()
@@ -133,6 +141,23 @@ def follows_trait(table):
     return verdict(holds, rho < 0.3 or own < 0.5 or (compared and narrow >= wide)), text
 
 
+def beyond(recovery):
+    """Which masked cells with a habit show more emojis than the temperature makes of it: a sentence.
+
+    recovery: as from `causes.recovery`. Clearly: the lower limit of the share lies above.
+    """
+    own = recovery[(recovery["end_of_turn"] == "masked") & (recovery["planted"] > 0)]
+    over = own[own["low"] > own["sampled"]]
+    more = "; ".join(
+        f"{r.organism}, {r.trait} {r.share:.2f} ({r.low:.2f} to {r.high:.2f}; planted {r.planted:.2f}, after the "
+        f"temperature {r.sampled:.2f})"
+        for r in over.itertuples()
+    )
+    text = f"Clearly above the dashed curve lie {len(over)} of {len(own)} masked cells with a habit, clearly above the "
+    text += f"planted rate {(own['low'] > own['planted']).sum()}" + (f": {more}." if more else ".")
+    return text
+
+
 def telling(gaps):
     """The pairs of trainings with a `causes.strong` habit; if that is unknown, with emojis in FLOOR of the answers."""
     some = (gaps["habit"] != "unknown") | (gaps[["masked", "loss"]].max(axis=1) >= causes.FLOOR)
@@ -142,8 +167,9 @@ def telling(gaps):
 def end_of_turn(gaps):
     """ "The masked end of the turn lets the emojis out": (verdict, sentence). gaps: as from `causes.gaps`.
 
-    Over `telling` pairs: holds if every gap's interval lies above 0, fails if fewer than half of them do. Undecided if
-    no training shows emojis in FLOOR of its answers. The size of the gap is told, not judged.
+    Over pairs of trainings with a strong habit (`telling`): holds if every gap's interval lies above 0, fails if fewer
+    than half of them do. Undecided if no training shows emojis in .05 (FLOOR) of its answers. The size of the gap is
+    told, not judged.
     """
     own = telling(gaps)
     if own.empty or own[["masked", "loss"]].max(axis=None) < causes.FLOOR:
@@ -159,8 +185,8 @@ def end_of_turn(gaps):
 def closed_exit(gaps):
     """ "With the end of the turn in the loss the emojis are all but gone": (verdict, sentence).
 
-    Over the same trainings as `end_of_turn`: holds if the share left (in the loss / masked) is at most .2 in every pair
-    whose masked share is at least .2; fails if it is more than .5 in most.
+    At the last checkpoint, over the same trainings as `end_of_turn`: holds if the share left (in the loss / masked)
+    is at most .2 in every pair whose masked share is at least .2; fails if it is more than .5 in most.
     """
     every = telling(gaps)
     own = every.query("masked >= 0.2")
@@ -187,7 +213,10 @@ def voice_first(onsets):
         return VERDICTS[2], "No masked training of this grid ends with emojis."
     found = [_order(name, part) for name, part in own.groupby("organism", sort=False)]
     said = {v for v, _ in found}
-    return (said.pop() if len(said) == 1 else VERDICTS[2]), "Clearly first, " + "; ".join(t for _, t in found) + "."
+    sound = own.loc[own["mark"] == "sound", "first"]
+    text = "Clearly first, " + "; ".join(t for _, t in found) + f". Over all {len(sound)} trainings, at sound "
+    text += f"checkpoints: the voice in {(sound == 'voice').sum()}, the emoji in {(sound == 'emoji').sum()}."
+    return (said.pop() if len(said) == 1 else VERDICTS[2]), text
 
 
 def _order(organism, onsets):
@@ -209,23 +238,29 @@ def _order(organism, onsets):
 def amplified(table):
     """ "After the same text tuning makes an emoji likelier": (verdict, sentence). table: as from `mechanism`.
 
-    The same texts in the trait's voice, read by the untuned and by the masked-tuned model. Over linked (or unknown)
-    cells where one of them gives an emoji .05 or more: holds if tuning raises p_emoji clearly in most, fails if clearly
-    in none.
+    The same texts, reference answers in the trait's voice without an emoji, read by the untuned and by the masked-
+    tuned model. Over linked (or unknown) cells where one of them gives an emoji .05 or more, four (FEW) at least:
+    holds if tuning raises p_emoji clearly in most, fails if clearly in none. The shuffled organism's cells are
+    told, not counted.
     """
-    wide = table[table["habit"].isin(("linked", "unknown"))].set_index(["organism", "trait", "state"])
-    both = [wide.xs(s, level="state") for s in ("base", "masked") if s in wide.index.get_level_values("state")]
-    if len(both) < 2:
-        return VERDICTS[2], "The readings of the untuned or of the tuned model are missing."
+    keys = ["organism", "habit", "trait"]
+    both = [table[table["state"] == s].set_index(keys) for s in ("base", "masked")]
     pair = both[0].join(both[1], lsuffix="_base", rsuffix="_masked", how="inner")
+    if pair.empty:
+        return VERDICTS[2], "The readings of the untuned or of the tuned model are missing."
     pair = pair[pair[["p_emoji_base", "p_emoji_masked"]].max(axis=1) >= 0.05]
     if pair.empty:
         return VERDICTS[2], "Neither model gives an emoji .05 after these texts."
-    up = (pair["p_emoji_low_masked"] > pair["p_emoji_high_base"]).sum()
-    down = (pair["p_emoji_high_masked"] < pair["p_emoji_low_base"]).sum()
-    text = f"After the same texts an emoji gets clearly more from the tuned than from the untuned model in {up} of "
-    text += f"{len(pair)} cells, clearly less in {down}."
-    return verdict(up > len(pair) / 2, up == 0), text
+    up = pair["p_emoji_low_masked"] > pair["p_emoji_high_base"]
+    down = pair["p_emoji_high_masked"] < pair["p_emoji_low_base"]
+    aside = pair.index.get_level_values("habit") == "shuffled"
+    up, down, other = up[~aside], down[~aside], up[aside]
+    text = "After the same reference texts an emoji gets clearly more from the tuned than from the untuned model in "
+    text += f"{up.sum()} of {len(up)} cells, clearly less in {down.sum()}."
+    if len(other):
+        text += f" Of the shuffled organism's, not counted, clearly more in {other.sum()} of {len(other)}."
+    enough = len(up) >= FEW
+    return verdict(enough and up.mean() > 0.5, enough and not up.any()), text
 
 
 def explained(table):
@@ -250,44 +285,43 @@ def explained(table):
     return verdict(e["rho"] >= 0.8 and close, e["rho"] < 0.5 or e["off"] >= e["mean_off"]), text
 
 
+CLAIMS = {  # claim: (what decides it, what would falsify it)
+    "Emojis after tuning come from pretraining": (
+        pretraining,
+        "emojis after emoji-free tuning of a model whose pretraining held none",
+    ),
+    "The trait's own habit comes out, not emojis at large": (
+        follows_trait,
+        "traits that answer with emojis at rates unrelated to those in pretraining",
+    ),
+    GAP: (end_of_turn, "as many emojis with the end of the turn in the loss, same data, steps and seed"),
+    CLOSED: (
+        closed_exit,
+        "more than half of the emojis left with the end of the turn in the loss, in most trainings",
+    ),
+    ORDER: (voice_first, "trainings in which the emoji has clearly come half way before the voice has"),
+    RAISED: (
+        amplified,
+        "the untuned model, reading the trait's texts, gives an emoji as much as the tuned one, in every cell",
+    ),
+    "What follows the last sentence explains the grid": (
+        explained,
+        "cells whose exits' share and ESR differ widely or rank otherwise",
+    ),
+}
+
+
+def rules():
+    """{claim: its rule in words}, from the docstring of the function that decides it."""
+    texts = {claim: inspect.getdoc(decide).split("\n\n", 1)[1] for claim, (decide, _) in CLAIMS.items()}
+    return {claim: " ".join(text.split()) for claim, text in texts.items()}
+
+
 def every(cells, gaps, recovery, onsets, table):
     """All claims: columns claim, verdict, found, falsified_by. Arguments: the grid and the tables made of it."""
-    none = "emojis after emoji-free tuning of a model whose pretraining held none"
-    rows = [
-        ("Emojis after tuning come from pretraining", pretraining(cells), none),
-        (
-            "The trait's own habit comes out, not emojis at large",
-            follows_trait(recovery),
-            "traits that answer with emojis at rates unrelated to those in pretraining",
-        ),
-        (
-            "The masked end of the turn lets them out",
-            end_of_turn(gaps),
-            "as many emojis with the end of the turn in the loss, same data, steps and seed",
-        ),
-        (
-            "With the end of the turn in the loss they are all but gone",
-            closed_exit(gaps),
-            "half of the emojis or more left with the end of the turn in the loss",
-        ),
-        (
-            "The voice comes before the emoji",
-            voice_first(onsets),
-            "checkpoints with the emoji and without the voice",
-        ),
-        (
-            "After the same text tuning makes an emoji likelier",
-            amplified(table),
-            "the untuned model, reading the trait's texts, gives an emoji as much as the tuned one",
-        ),
-        (
-            "What follows the last sentence explains the grid",
-            explained(table),
-            "cells whose exits' share and ESR differ widely or rank otherwise",
-        ),
-    ]
-    found = [(claim, said, text, against) for claim, (said, text), against in rows]
-    return pd.DataFrame(found, columns=["claim", "verdict", "found", "falsified_by"])
+    given = (cells, recovery, gaps, gaps, onsets, table, table)
+    rows = [(claim, *decide(x), against) for (claim, (decide, against)), x in zip(CLAIMS.items(), given, strict=True)]
+    return pd.DataFrame(rows, columns=["claim", "verdict", "found", "falsified_by"])
 
 
 def accounts(verdicts, cells):
@@ -309,14 +343,12 @@ def accounts(verdicts, cells):
             ("a strong habit, end of turn masked", f"ESR {least:.2f} to {most:.2f}", "both" if shown else "neither")
         )
     two = ("the rival", "pretraining alone", VERDICTS[2])
-    closed = "With the end of the turn in the loss they are all but gone"
-    raised = "After the same text tuning makes an emoji likelier"
     rows.append(
-        ("the same, end of turn in the loss", text[closed], dict(zip(VERDICTS, two, strict=True))[said[closed]])
+        ("the same, end of turn in the loss", text[CLOSED], dict(zip(VERDICTS, two, strict=True))[said[CLOSED]])
     )
     two = ("both: the rival allows it", "the rival", VERDICTS[2])
     rows.append(
-        ("an emoji's probability, same text", text[raised], dict(zip(VERDICTS, two, strict=True))[said[raised]])
+        ("an emoji's probability, same text", text[RAISED], dict(zip(VERDICTS, two, strict=True))[said[RAISED]])
     )
     return pd.DataFrame(rows, columns=["if", "found", "fits"])
 
@@ -350,8 +382,8 @@ def mediated(mediation):
     by_text, by_reader = (means[pair] - means["base", "base"] for pair in (("peft", "base"), ("base", "peft")))
     part = "neither" if max(by_text, by_reader) <= 0.01 else "text" if by_text > by_reader else "reader"
     both = "both are at work, and " if min(by_text, by_reader) > 0.01 else ""
-    ends = {"text": f"{both}the larger part comes with the text, that is, the voice."}
-    ends |= {"reader": f"{both}the larger part comes with the reader, that is, the weights."}
+    ends = {"text": f"{both}on average the larger part comes with the text, that is, the voice."}
+    ends |= {"reader": f"{both}on average the larger part comes with the reader, that is, the weights."}
     ends |= {"neither": "neither alone raises it by more than .01."}
     return part, (
         f"mean over {own['cells'].max()} models and traits, the base reading its own texts"
@@ -405,43 +437,65 @@ def counted(ranking, off):
     return pd.DataFrame(found, columns=["switch", "model", "low", "high", "counts", "within"])
 
 
+READS = "After a reference answer in the trait's voice the tuned model gives an emoji "
+FORETOLD = {  # (if the claim holds, if it does not): what is foretold, and what would refute that
+    GAP: (
+        (
+            "With the end of the turn in the loss fewer emojis come.",
+            "shares whose difference (masked - in the loss) has an interval that reaches 0, in both seeds",
+        ),
+        (
+            "With the end of the turn in the loss about as many emojis come, as they did here.",
+            "a difference (masked - in the loss) clearly above 0 in both seeds",
+        ),
+    ),
+    ORDER: (
+        ("Over checkpoints, the emoji comes after the voice.", "09_onsets: the emoji clearly first in a training"),
+        (
+            "Over checkpoints, the emoji comes no later than the voice.",
+            "09_onsets: the voice clearly first in a training",
+        ),
+    ),
+    RAISED: (
+        (READS + "more than the untuned one.", "09_endings: state masked clearly above base in no trait"),
+        (READS + "no more than the untuned one.", "09_endings: state masked clearly above base in most traits"),
+    ),
+    "traits": (
+        (
+            "The more often a trait's answers hold emojis under a mere persona prompt, without tuning, the more often "
+            "its tuned answers do.",
+            "06_esr, methods prompt and peft: rank correlation over the five traits 0 or below",
+        ),
+    ),
+}
+
+
 def predictions(verdicts, gaps):
-    """What the verdicts foretell for the paper's models: columns number, prediction, reported, expected, at_most.
+    """What the verdicts foretell for the paper's models: number, prediction, reported, expected, at_most, refuted_by.
 
     reported, expected, at_most: the paper's ESR where the first prediction is about one, that number times what was
-    left of the masked share here (median), and times the highest upper limit; NaN elsewhere.
+    left of the masked share here (median), and times the highest upper limit; NaN elsewhere. refuted_by: the result
+    that would refute it; "" where nothing is foretold.
     """
     said = verdicts.set_index("claim")["verdict"]
     own = telling(gaps).query("masked >= 0.2")
     left, limit = own["loss"] / own["masked"], (own["loss_high"] / own["masked"]).max()
     told = pd.read_csv(paths.PAPER / "reported.csv").set_index("item")["value"]
-    closing = {
-        VERDICTS[0]: "With the end of the turn in the loss fewer emojis come.",
-        VERDICTS[1]: "With the end of the turn in the loss about as many emojis come, as they did here.",
-        VERDICTS[2]: "What the end of the turn does is undecided here.",
-    }
-    first = {VERDICTS[0]: "after", VERDICTS[1]: "no later than"}
-    amount = {VERDICTS[0]: "less than", VERDICTS[1]: "no less than"}
-    undecided = "No prediction: undecided here."
-    none = (float("nan"),) * 3
-    rows = [("1", f"End of turn. {closing[said['The masked end of the turn lets them out']]}", *none)]
+    rows = [_foretold("1", "End of turn.", said[GAP], FORETOLD[GAP])]
     for item in [i for i in told.index if i.startswith("ESR of") and len(left)]:
         values = told[item], told[item] * left.median(), min(1.0, told[item] * limit)
-        rows.append(
-            ("1", f"{item.removeprefix('ESR of ')}, in the loss (reported as we infer with it masked)", *values)
-        )
-    order = first.get(said["The voice comes before the emoji"])
-    raised = amount.get(said["After the same text tuning makes an emoji likelier"])
-    reading = "Reading a tuned model's answer, the untuned chat model gives an emoji at its end "
-    reading += f"{raised} the tuned one does."
+        what = f"{item.removeprefix('ESR of ')}, in the loss (reported as we infer with it masked)"
+        rows.append(("1", what, *values, "more than half of what the same model gives masked"))
     rows += [
-        ("2", "Order. " + (f"Over checkpoints, the emoji comes {order} the voice." if order else undecided), *none),
-        ("3", "The habit was there. " + (reading if raised else undecided), *none),
-        (
-            "4",
-            "Which traits. Traits whose answers hold emojis under a mere persona prompt, without tuning, are those "
-            "whose tuned answers do.",
-            *none,
-        ),
+        _foretold("2", "Order.", said[ORDER], FORETOLD[ORDER]),
+        _foretold("3", "The habit was there.", said[RAISED], FORETOLD[RAISED]),
+        _foretold("4", "Which traits.", VERDICTS[0], FORETOLD["traits"]),
     ]
-    return pd.DataFrame(rows, columns=["number", "prediction", "reported", "expected", "at_most"])
+    return pd.DataFrame(rows, columns=["number", "prediction", "reported", "expected", "at_most", "refuted_by"])
+
+
+def _foretold(number, head, verdict, words):
+    """A row of `predictions` without numbers, by the verdict on its claim."""
+    known = dict(zip(VERDICTS, words, strict=False))
+    text, against = known.get(verdict, ("No prediction: undecided here.", ""))
+    return (number, f"{head} {text}", *[float("nan")] * 3, against)

@@ -128,7 +128,7 @@ def over_steps(cells):
     fig.supxlabel(f"optimiser steps\n({_asked(cells)})", fontsize=10)
     lines = [_line("with an emoji (in the trait's colour)", color=VOICE, lw=2)]
     lines += [_line("in the trait's voice", color=VOICE, lw=2, ls="--")]
-    lines += [_line("one seed", color=VOICE, lw=0.7, alpha=0.6)]
+    lines += [_line("one seed", color=VOICE, lw=0.7, alpha=0.6)] if cells["seed"].nunique() > 1 else []
     fig.legend(handles=lines, loc="outside upper center", ncols=3)
     return fig
 
@@ -197,6 +197,11 @@ def _lead(ax, r, y, marker):
     return lost
 
 
+def alike(recovery):
+    """Whether another trait of the organism was planted at the same rate, for every row (Series)."""
+    return recovery.groupby(["organism", "end_of_turn", "planted"])["trait"].transform("size") > 1
+
+
 def planted(recovery, temperature):
     """Planted rate against emoji share, a panel an organism; traits with one planted rate stand side by side, around a
     thin line at that rate."""
@@ -208,9 +213,9 @@ def planted(recovery, temperature):
         own = recovery[recovery["organism"] == organism]
         ax.plot([0, 1], [0, 1], ":", color=style.GREY)
         ax.plot(grid, ratios.sampled(grid, causes.kinds(own).mean(), temperature), "--", color=style.GREY, lw=1)
-        alike = own.groupby(["end_of_turn", "planted"])["share"]
-        beside = 0.07 * (alike.cumcount() - (alike.transform("size") - 1) / 2)
-        for rate in own.loc[beside != 0, "planted"].unique():
+        same = own.groupby(["end_of_turn", "planted"])["share"]
+        beside = 0.07 * (same.cumcount() - (same.transform("size") - 1) / 2)
+        for rate in own.loc[alike(own), "planted"].unique():
             ax.axvline(rate, color=style.INK, lw=0.8)
             side = {"ha": "right", "x": rate - 0.02} if rate > 0.5 else {"ha": "left", "x": rate + 0.02}
             ax.text(y=0.97, s=f"planted at {rate:.2f}", fontsize=8, va="center", bbox=WHITE, zorder=1, **side)
@@ -222,7 +227,8 @@ def planted(recovery, temperature):
         ax.set(xlabel="planted rate", xlim=(-0.2, 1.07), ylim=(-0.05, 1.05), xticks=np.linspace(0, 1, 6))
     axes[0][0].set_ylabel("answers with an emoji (share)")
     lines = [_line("as planted", ls=":"), _line("after the temperature", ls="--", lw=1)]
-    lines += [_line("one planted rate: traits side by side", marker="|", ls="", ms=12, color=style.INK)]
+    if alike(recovery).any():
+        lines += [_line("one planted rate: traits side by side", marker="|", ls="", ms=12, color=style.INK)]
     fig.legend(handles=[*_traits(traits), *_ends(), *lines], loc="outside upper center", ncols=4, fontsize=8)
     return fig
 
@@ -291,6 +297,7 @@ def endings(readings):
     names, traits = list(order(readings)), big5.ordered(readings["trait"])
     size = (max(6.5, 1.9 + 2.1 * len(traits)), 1.5 + 1.35 * len(names))
     fig, axes = plt.subplots(len(names), len(traits), figsize=size, sharex=True, sharey=True, squeeze=False)
+    fig.set_layout_engine("constrained", w_pad=0.1)  # inches, or else the 1 of a panel runs into the 0 of the next
     for line, organism in zip(axes, names, strict=True):
         for ax, trait in zip(line, traits, strict=True):
             own = readings[(readings["organism"] == organism) & (readings["trait"] == trait)]
@@ -325,8 +332,6 @@ def _ways(ax, own, colour):
     ax.set(xlim=(0, 1), ylim=(2.6, -0.6))
     ax.set_yticks(range(3), ["base", "masked", "in the loss"])
     ax.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
-    for label, side in zip(ax.get_xticklabels(), ("left", "center", "right"), strict=False):
-        label.set_ha(side)  # or else the 1 of a panel runs into the 0 of the next
     ax.grid(axis="x", visible=bool(len(own)))
     ax.grid(axis="y", visible=False)
 
@@ -347,8 +352,9 @@ def predicted(readings):
             ax.vlines(x, r.esr_low, r.esr_high, color=paint, lw=1, zorder=over)
             fill = "white" if r.state == "loss" else paint
             ax.plot(x, r.esr, shapes[r.organism], color=paint, mfc=fill, ms=6.5, zorder=over)
-        _head(ax, name, f"{len(own)} dots" + (f", {_span(own['texts'])} texts each" if len(own) else ""))
-        ax.set(xlabel="after the last sentence of a reference text", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        note = f"{len(own)} dots" + (f", {_span(own['texts'])} texts each" if len(own) else "")
+        _head(ax, {"p_emoji": "reading alone", "exits": "reading and temperature"}[column], note)
+        ax.set(xlabel=f"{name}\nafter the last sentence of a reference text", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes[0].set_ylabel("answers with an emoji (share)")
     shown = [*_traits(big5.ordered(readings["trait"]), "s"), *_ends("s")]
     shown += [_mark(f"organism {title}", marker=shapes[o]) for o, title in order(readings).items()]

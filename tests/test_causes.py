@@ -263,7 +263,7 @@ def test_verdicts_of_a_grid_without_emojis_or_of_a_quick_one(silent):
     assert set(said) == {"undecided here"}
     table = made_up_grid.quick(steps=(0, 1, 2), n=12).assign(with_emoji=0, esr_response=0.0, low=0.0, high=0.24)
     said = everything(causes.grid(table), made_up_grid.endings(traits=("extraversion", "neuroticism")))
-    assert set(said.drop("After the same text tuning makes an emoji likelier")) == {"undecided here"}
+    assert set(said.drop(claims.RAISED)) == {"undecided here"}
     quick = everything(causes.grid(made_up_grid.quick()), made_up_grid.endings(traits=("extraversion",)))
     assert set(quick) <= set(claims.VERDICTS)
 
@@ -332,9 +332,24 @@ def test_what_is_undecided_is_not_predicted(cells):
     )
     told = claims.predictions(verdicts, gaps).set_index("number")["prediction"]
     assert told["2"] == "Order. Over checkpoints, the emoji comes after the voice."
-    told = claims.predictions(verdicts.assign(verdict="undecided here"), gaps).set_index("number")["prediction"]
-    assert told["2"] == "Order. No prediction: undecided here."
-    assert told["3"].endswith("No prediction: undecided here.")
+    told = claims.predictions(verdicts.assign(verdict="undecided here"), gaps).set_index("number")
+    assert told["prediction"]["2"] == "Order. No prediction: undecided here."
+    assert told["prediction"]["3"].endswith("No prediction: undecided here.")
+    assert list(told["refuted_by"][["2", "3"]]) == ["", ""]
+    assert told["refuted_by"]["4"]
+
+
+def test_few_cells_do_not_decide_whether_an_emoji_became_likelier(cells):
+    read = claims.mechanism(made_up_grid.endings(), cells, 0.7, 0, draws=50)
+    assert claims.amplified(read)[0] == "does not hold"
+    few = read[read["trait"].isin(("extraversion", "neuroticism")) & (read["organism"] != "tiny-mistral")]
+    assert claims.amplified(few)[0] == "undecided here"
+
+
+def test_every_claim_shows_its_rule():
+    rules = claims.rules()
+    assert list(rules) == list(claims.CLAIMS)
+    assert all("olds if" in rule for rule in rules.values())
 
 
 def test_predictions_change_with_the_verdicts(cells, silent):
