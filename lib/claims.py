@@ -238,10 +238,10 @@ def _order(organism, onsets):
 def amplified(table):
     """ "After the same text tuning makes an emoji likelier": (verdict, sentence). table: as from `mechanism`.
 
-    The same texts, reference answers in the trait's voice without an emoji, read by the untuned and by the masked-
-    tuned model. Over linked (or unknown) cells where one of them gives an emoji .05 or more, four (FEW) at least:
-    holds if tuning raises p_emoji clearly in most, fails if clearly in none. The shuffled organism's cells are
-    told, not counted.
+    The same texts, reference answers in the trait's voice without an emoji, read by the untuned and by the
+    masked-tuned model. Over linked (or unknown) cells where one of them gives an emoji .05 or more, four (FEW) at
+    least: holds if tuning raises p_emoji clearly in most, fails if clearly in none. The shuffled organism's cells
+    are told, not counted.
     """
     keys = ["organism", "habit", "trait"]
     both = [table[table["state"] == s].set_index(keys) for s in ("base", "masked")]
