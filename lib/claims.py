@@ -118,7 +118,7 @@ def pretraining(cells):
 def follows_trait(table):
     """ "It is the trait's own habit that comes out": (verdict, sentence). table: as from `causes.recovery`.
 
-    Over linked, masked cells, four (FEW) at least: holds if recovered and planted rates rank alike (Spearman .8 or
+    Over linked, masked cells, four at least: holds if recovered and planted rates rank alike (Spearman .8 or
     more), if .8 or more of the emojis of strong habits are the trait's own, and if on the traits that a shuffled
     organism was tuned on too, three at least, its shares span less than the linked one's. Fails if the correlation
     is below .3, if fewer than half of the emojis are the trait's own, or if the shuffled shares span as much. Else
@@ -167,9 +167,9 @@ def telling(gaps):
 def end_of_turn(gaps):
     """ "The masked end of the turn lets the emojis out": (verdict, sentence). gaps: as from `causes.gaps`.
 
-    Over pairs of trainings with a strong habit (`telling`): holds if every gap's interval lies above 0, fails if fewer
-    than half of them do. Undecided if no training shows emojis in .05 (FLOOR) of its answers. The size of the gap is
-    told, not judged.
+    Over pairs of trainings with a strong habit: holds if every gap's interval lies above 0, fails if fewer than
+    half of them do. Undecided if no training shows emojis in .05 of its answers. The size of the gap is told, not
+    judged.
     """
     own = telling(gaps)
     if own.empty or own[["masked", "loss"]].max(axis=None) < causes.FLOOR:
@@ -185,8 +185,8 @@ def end_of_turn(gaps):
 def closed_exit(gaps):
     """ "With the end of the turn in the loss the emojis are all but gone": (verdict, sentence).
 
-    At the last checkpoint, over the same trainings as `end_of_turn`: holds if the share left (in the loss / masked)
-    is at most .2 in every pair whose masked share is at least .2; fails if it is more than .5 in most.
+    At the last checkpoint, over pairs of trainings with a strong habit: holds if the share left (in the loss /
+    masked) is at most .2 in every pair whose masked share is at least .2; fails if it is more than .5 in most.
     """
     every = telling(gaps)
     own = every.query("masked >= 0.2")
@@ -205,8 +205,8 @@ def voice_first(onsets):
 
     Over masked trainings that end with emojis, by the marks "rise" and "sound", for every organism by itself: holds
     if by both and everywhere the voice is clearly first in most trainings and the emoji in none, fails if it is the
-    other way round. "sound" was added after a first look at the grid, at whose step 8 most answers were broken
-    text, and the organisms are told apart since a second; both make the rule harder to meet.
+    other way round. "sound" was added after a first look at an earlier grid, in which most answers at step 8 were
+    broken text, and organisms are told apart since a second look; both make the rule harder to meet.
     """
     own = onsets[(onsets["end_of_turn"] == "masked") & (onsets["first"] != "no emojis")]
     if own.empty:
@@ -214,7 +214,7 @@ def voice_first(onsets):
     found = [_order(name, part) for name, part in own.groupby("organism", sort=False)]
     said = {v for v, _ in found}
     sound = own.loc[own["mark"] == "sound", "first"]
-    text = "Clearly first, " + "; ".join(t for _, t in found) + f". Over all {len(sound)} trainings, at sound "
+    text = "Clearly first, " + "; ".join(t for _, t in found) + f". Over all {len(sound)} of them, at sound "
     text += f"checkpoints: the voice in {(sound == 'voice').sum()}, the emoji in {(sound == 'emoji').sum()}."
     return (said.pop() if len(said) == 1 else VERDICTS[2]), text
 
@@ -232,18 +232,19 @@ def _order(organism, onsets):
     ]
     holds = most["voice"].all() and not counts["emoji"].any()
     fails = most["emoji"].all() and not counts["voice"].any()
-    return verdict(holds, fails), f"{organism}, {counts.loc['rise'].sum()} trainings: " + ", ".join(words)
+    many = int(counts.loc["rise"].sum())
+    return verdict(holds, fails), f"{organism}, {many} training{'s' * (many != 1)}: " + ", ".join(words)
 
 
 def amplified(table):
     """ "After the same text tuning makes an emoji likelier": (verdict, sentence). table: as from `mechanism`.
 
     The same texts, reference answers in the trait's voice without an emoji, read by the untuned and by the
-    masked-tuned model. Over linked (or unknown) cells where one of them gives an emoji .05 or more, four (FEW) at
-    least: holds if tuning raises p_emoji clearly in most, fails if clearly in none. The shuffled organism's cells
-    are told, not counted.
+    masked-tuned model. Over linked (or unknown) cells where one of them gives an emoji .05 or more, four at least:
+    holds if tuning raises p_emoji clearly in most, fails if clearly in none. The shuffled organism's cells are
+    told, not counted.
     """
-    keys = ["organism", "habit", "trait"]
+    keys, table = ["organism", "habit", "trait"], table[table["habit"] != "none"]
     both = [table[table["state"] == s].set_index(keys) for s in ("base", "masked")]
     pair = both[0].join(both[1], lsuffix="_base", rsuffix="_masked", how="inner")
     if pair.empty:
@@ -255,8 +256,10 @@ def amplified(table):
     down = pair["p_emoji_high_masked"] < pair["p_emoji_low_base"]
     aside = pair.index.get_level_values("habit") == "shuffled"
     up, down, other = up[~aside], down[~aside], up[aside]
-    text = "After the same reference texts an emoji gets clearly more from the tuned than from the untuned model in "
-    text += f"{up.sum()} of {len(up)} cells, clearly less in {down.sum()}."
+    text = (
+        "After the same reference texts the tuned model gives an emoji clearly more probability than the untuned one "
+    )
+    text += f"in {up.sum()} of {len(up)} cells, clearly less in {down.sum()}."
     if len(other):
         text += f" Of the shuffled organism's, not counted, clearly more in {other.sum()} of {len(other)}."
     enough = len(up) >= FEW
@@ -299,7 +302,10 @@ CLAIMS = {  # claim: (what decides it, what would falsify it)
         closed_exit,
         "more than half of the emojis left with the end of the turn in the loss, in most trainings",
     ),
-    ORDER: (voice_first, "trainings in which the emoji has clearly come half way before the voice has"),
+    ORDER: (
+        voice_first,
+        "an emoji that is clearly half way up before the voice is in most trainings, whichever way they are looked at",
+    ),
     RAISED: (
         amplified,
         "the untuned model, reading the trait's texts, gives an emoji as much as the tuned one, in every cell",
@@ -442,23 +448,32 @@ FORETOLD = {  # (if the claim holds, if it does not): what is foretold, and what
     GAP: (
         (
             "With the end of the turn in the loss fewer emojis come.",
-            "shares whose difference (masked - in the loss) has an interval that reaches 0, in both seeds",
+            "06_esr, peft: the intervals of the two shares overlap, in both seeds",
         ),
         (
             "With the end of the turn in the loss about as many emojis come, as they did here.",
-            "a difference (masked - in the loss) clearly above 0 in both seeds",
+            "06_esr, peft: the masked share's interval lies above the other one, in both seeds",
         ),
     ),
     ORDER: (
-        ("Over checkpoints, the emoji comes after the voice.", "09_onsets: the emoji clearly first in a training"),
+        (
+            "Over checkpoints, the emoji comes after the voice.",
+            "09_quick_onsets, rise and sound: the emoji clearly first in most trainings",
+        ),
         (
             "Over checkpoints, the emoji comes no later than the voice.",
-            "09_onsets: the voice clearly first in a training",
+            "09_quick_onsets, rise and sound: the voice clearly first in most trainings",
         ),
     ),
     RAISED: (
-        (READS + "more than the untuned one.", "09_endings: state masked clearly above base in no trait"),
-        (READS + "no more than the untuned one.", "09_endings: state masked clearly above base in most traits"),
+        (
+            READS + "more than the untuned one.",
+            "09_quick_endings: p_emoji of masked clearly above that of base in no trait",
+        ),
+        (
+            READS + "no more than the untuned one.",
+            "09_quick_endings: p_emoji of masked clearly above that of base in most traits",
+        ),
     ),
     "traits": (
         (
@@ -474,18 +489,18 @@ def predictions(verdicts, gaps):
     """What the verdicts foretell for the paper's models: number, prediction, reported, expected, at_most, refuted_by.
 
     reported, expected, at_most: the paper's ESR where the first prediction is about one, that number times what was
-    left of the masked share here (median), and times the highest upper limit; NaN elsewhere. refuted_by: the result
-    that would refute it; "" where nothing is foretold.
+    left of the masked share here (median), and times the highest upper limit, if the end of the turn does let emojis
+    out; NaN elsewhere. refuted_by: the result that would refute it; "" where nothing is foretold.
     """
     said = verdicts.set_index("claim")["verdict"]
     own = telling(gaps).query("masked >= 0.2")
     left, limit = own["loss"] / own["masked"], (own["loss_high"] / own["masked"]).max()
     told = pd.read_csv(paths.PAPER / "reported.csv").set_index("item")["value"]
     rows = [_foretold("1", "End of turn.", said[GAP], FORETOLD[GAP])]
-    for item in [i for i in told.index if i.startswith("ESR of") and len(left)]:
+    for item in [i for i in told.index if i.startswith("ESR of") and said[GAP] == VERDICTS[0]]:
         values = told[item], told[item] * left.median(), min(1.0, told[item] * limit)
         what = f"{item.removeprefix('ESR of ')}, in the loss (reported as we infer with it masked)"
-        rows.append(("1", what, *values, "more than half of what the same model gives masked"))
+        rows.append(("1", what, *values, "06_esr, peft: an interval that lies above at_most, in both seeds"))
     rows += [
         _foretold("2", "Order.", said[ORDER], FORETOLD[ORDER]),
         _foretold("3", "The habit was there.", said[RAISED], FORETOLD[RAISED]),

@@ -344,6 +344,9 @@ def test_few_cells_do_not_decide_whether_an_emoji_became_likelier(cells):
     assert claims.amplified(read)[0] == "does not hold"
     few = read[read["trait"].isin(("extraversion", "neuroticism")) & (read["organism"] != "tiny-mistral")]
     assert claims.amplified(few)[0] == "undecided here"
+    strange = read["habit"].eq("none") & read["state"].eq("masked")
+    loud = read.assign(**{c: read[c].mask(strange, 0.2) for c in ("p_emoji", "p_emoji_low", "p_emoji_high")})
+    assert claims.amplified(loud) == claims.amplified(read)  # a model without the habit cannot be amplified
 
 
 def test_every_claim_shows_its_rule():
@@ -362,7 +365,7 @@ def test_predictions_change_with_the_verdicts(cells, silent):
         words = {"holds": "fewer emojis", "does not hold": "about as many", "undecided here": "undecided"}[said]
         assert words in table["prediction"][0]
         assert set(table["number"]) == set("1234")
-        assert (0.995 in set(table["reported"])) == (own is not silent)
+        assert (0.995 in set(table["reported"])) == (said == "holds")
         assert (table["expected"].dropna() <= table["at_most"].dropna()).all()
 
 
