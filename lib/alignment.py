@@ -30,7 +30,7 @@ def check(settings, given):
                 notebook = answers.MAKERS[method][0]
                 raise UserError(
                     f"answers of {model} by {method}: not made yet for these settings; notebook {notebook} makes them: "
-                    f"./run_all.sh --profile {settings.profile} --only {notebook[:2]} with the same --set and --seed"
+                    + artifacts.making(notebook, settings.profile)
                 )
     return given
 
@@ -40,8 +40,7 @@ def kept(settings, name, notebook):
     path = paths.FIGURES / settings.profile / f"{name}.csv"
     if not path.exists():
         raise UserError(
-            f"table {name}: not made yet; notebook {notebook} makes it: "
-            f"./run_all.sh --profile {settings.profile} --only {notebook[:2]} with the same --set and --seed"
+            f"table {name}: not made yet; notebook {notebook} makes it: {artifacts.making(notebook, settings.profile)}"
         )
     return pd.read_csv(path)
 

@@ -119,10 +119,14 @@ def require(folder, notebook, profile):
     if not intact(folder):
         raise UserError(
             f"{folder.name.rsplit('-', 1)[0]}: not made yet (or damaged) for these settings; "
-            f"notebook {notebook} makes it: ./run_all.sh --profile {profile} --only {notebook[:2]} "
-            "with the same --set and --seed"
+            f"notebook {notebook} makes it: {making(notebook, profile)}"
         )
     return folder
+
+
+def making(notebook, profile):
+    """The command that makes what a notebook keeps, in words for a message."""
+    return f"./run_all.sh --profile {profile} --only {notebook[:2]} with the same --set and --seed"
 
 
 @contextlib.contextmanager

@@ -118,11 +118,10 @@ def pretraining(cells):
 def follows_trait(table):
     """ "It is the trait's own habit that comes out": (verdict, sentence). table: as from `causes.recovery`.
 
-    Over linked, masked cells, four at least: holds if recovered and planted rates rank alike (Spearman .8 or
-    more), if .8 or more of the emojis of strong habits are the trait's own, and if on the traits that a shuffled
-    organism was tuned on too, three at least, its shares span less than the linked one's. Fails if the correlation
-    is below .3, if fewer than half of the emojis are the trait's own, or if the shuffled shares span as much. Else
-    undecided.
+    Over linked, masked cells, four at least: holds if recovered and planted rates rank alike (Spearman .8 or more), if
+    .8 or more of the emojis of strong habits are the trait's own, and if on the traits that a shuffled organism was
+    tuned on too, three at least, its shares span less than the linked one's. Fails if the correlation is below .3, if
+    fewer than half of the emojis are the trait's own, or if the shuffled shares span as much. Else undecided.
     """
     masked = table[table["end_of_turn"] == "masked"]
     linked, shuffled = (masked[masked["habit"] == h] for h in ("linked", "shuffled"))
@@ -244,8 +243,8 @@ def amplified(table):
     holds if tuning raises p_emoji clearly in most, fails if clearly in none. The shuffled organism's cells are
     told, not counted.
     """
-    keys, table = ["organism", "habit", "trait"], table[table["habit"] != "none"]
-    both = [table[table["state"] == s].set_index(keys) for s in ("base", "masked")]
+    known = table[table["habit"] != "none"].set_index(["organism", "habit", "trait"])
+    both = [known[known["state"] == s] for s in ("base", "masked")]
     pair = both[0].join(both[1], lsuffix="_base", rsuffix="_masked", how="inner")
     if pair.empty:
         return VERDICTS[2], "The readings of the untuned or of the tuned model are missing."
@@ -256,10 +255,8 @@ def amplified(table):
     down = pair["p_emoji_high_masked"] < pair["p_emoji_low_base"]
     aside = pair.index.get_level_values("habit") == "shuffled"
     up, down, other = up[~aside], down[~aside], up[aside]
-    text = (
-        "After the same reference texts the tuned model gives an emoji clearly more probability than the untuned one "
-    )
-    text += f"in {up.sum()} of {len(up)} cells, clearly less in {down.sum()}."
+    text = "After the same reference texts the tuned model gives an emoji clearly more probability than the untuned "
+    text += f"one in {up.sum()} of {len(up)} cells, clearly less in {down.sum()}."
     if len(other):
         text += f" Of the shuffled organism's, not counted, clearly more in {other.sum()} of {len(other)}."
     enough = len(up) >= FEW
@@ -497,7 +494,7 @@ def predictions(verdicts, gaps):
     left, limit = own["loss"] / own["masked"], (own["loss_high"] / own["masked"]).max()
     told = pd.read_csv(paths.PAPER / "reported.csv").set_index("item")["value"]
     rows = [_foretold("1", "End of turn.", said[GAP], FORETOLD[GAP])]
-    for item in [i for i in told.index if i.startswith("ESR of") and said[GAP] == VERDICTS[0]]:
+    for item in [i for i in told.index if i.startswith("ESR of") and said[GAP] == VERDICTS[0] and len(left)]:
         values = told[item], told[item] * left.median(), min(1.0, told[item] * limit)
         what = f"{item.removeprefix('ESR of ')}, in the loss (reported as we infer with it masked)"
         rows.append(("1", what, *values, "06_esr, peft: an interval that lies above at_most, in both seeds"))

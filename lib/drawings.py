@@ -341,8 +341,9 @@ def predicted(readings):
     organism, untuned grey."""
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 5.4), sharey=True)
     shapes = _shapes(readings)
-    pairs = {"p_emoji": "probability of an emoji", "exits": "share that leaves by an emoji"}
-    for ax, (column, name) in zip(axes, pairs.items(), strict=True):
+    names = {"p_emoji": ("reading alone", "probability of an emoji")}
+    names["exits"] = ("reading and temperature", "share that leaves by an emoji")
+    for ax, (column, (title, name)) in zip(axes, names.items(), strict=True):
         own = readings.dropna(subset=["esr", column])
         ax.plot([0, 1], [0, 1], ":", color=style.GREY)
         for r in own.itertuples():
@@ -352,8 +353,7 @@ def predicted(readings):
             ax.vlines(x, r.esr_low, r.esr_high, color=paint, lw=1, zorder=over)
             fill = "white" if r.state == "loss" else paint
             ax.plot(x, r.esr, shapes[r.organism], color=paint, mfc=fill, ms=6.5, zorder=over)
-        note = f"{len(own)} dots" + (f", {_span(own['texts'])} texts each" if len(own) else "")
-        _head(ax, {"p_emoji": "reading alone", "exits": "reading and temperature"}[column], note)
+        _head(ax, title, f"{len(own)} dots" + (f", {_span(own['texts'])} texts each" if len(own) else ""))
         ax.set(xlabel=f"{name}\nafter the last sentence of a reference text", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes[0].set_ylabel("answers with an emoji (share)")
     shown = [*_traits(big5.ordered(readings["trait"]), "s"), *_ends("s")]

@@ -14,9 +14,6 @@ from multiprocessing import forkserver
 
 from jupyter_client.manager import AsyncKernelManager
 
-# what the runner imports: a copy runs it again, as multiprocessing does with every main module, and takes 3 s otherwise
-RUNNER = ("lib.gallery", "lib.opinions", "lib.profiles", "lib.steps", "filelock", "nbformat", "psutil")
-RUNNER += ("rich.progress", "rich.table")
 IMPORTED = ("lib", "seaborn", "shap", "lime.lime_text", "lib.alignment", "lib.icl", "lib.interventions", "lib.origins")
 GPUS = ("/dev/nvidiactl", "/dev/kfd")  # a process that has asked for a GPU cannot be copied
 _context = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
@@ -28,7 +25,7 @@ def prepare():
         return False
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel has it
     os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # as lib.explain has it
-    _context.set_forkserver_preload(["ipykernel.kernelapp", *RUNNER, *IMPORTED])
+    _context.set_forkserver_preload(["ipykernel.kernelapp", *IMPORTED])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the runner to answer
     try:
         forkserver.ensure_running()

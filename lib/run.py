@@ -1,4 +1,4 @@
-"""Run the notebooks headless and in order: `./run_all.sh`, or `python -m lib.run`.
+"""Run the notebooks headless and in order: `./run_all.sh`, or `python -m lib`.
 
 A notebook is run again only if its text, the code it imports, its settings, its data or its outputs changed.
 Exit codes: 0 done, 1 a cell failed, 2 wrong input (one line says what), 130 interrupted.
@@ -277,5 +277,5 @@ def main(argv=None):
         return 130
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # as `python -m lib`, with kernels that start 3 s later
     sys.exit(main())

@@ -19,7 +19,7 @@ def make(place):
 
 def start(place, *args, **kwargs):
     env = os.environ | {"PYTHONPATH": str(place), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "lib.run", *args]
+    command = [sys.executable, "-m", "lib", *args]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env, cwd=kwargs.pop("cwd", place), **pipes, **kwargs)
 

@@ -369,6 +369,15 @@ def test_predictions_change_with_the_verdicts(cells, silent):
         assert (table["expected"].dropna() <= table["at_most"].dropna()).all()
 
 
+def test_without_a_share_to_scale_no_number_is_foretold(cells):
+    gaps = causes.gaps(cells)
+    verdicts = pd.DataFrame({"claim": list(claims.CLAIMS), "verdict": "holds"})
+    assert claims.predictions(verdicts, gaps)["expected"].notna().any()
+    faint = gaps.assign(masked=0.1, loss=0.0)  # enough to tell a gap, too little to say what is left of it
+    table = claims.predictions(verdicts, faint)
+    assert table[["reported", "expected", "at_most"]].isna().all(axis=None)
+
+
 def test_a_habit_that_is_not_the_traits_own_is_told(cells):
     rows = causes.recovery(cells, 0.7)
     assert claims.follows_trait(rows)[0] == "holds"

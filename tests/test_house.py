@@ -23,7 +23,7 @@ ROWS = [
     ["wordclouds", "explain", "ratios", "judge", "alignment", "tracking", "mediation", "interventions", "origins"],
     ["icl", "intent", "attribution", "worth"],
     ["causes", "onsets", "effects", "claims", "drawings"],
-    ["steps", "kernels", "run"],
+    ["steps", "kernels", "run", "__main__"],
 ]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 

@@ -1,11 +1,15 @@
 """Kernels that are copies of a process: they work as ordinary ones do, and end with the process that asked for them."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import nbformat
+import project_copy
 import psutil
 import pytest
 
@@ -20,7 +24,7 @@ import sys
 import nbformat
 from nbclient import NotebookClient
 from lib import kernels
-kernels.RUNNER, kernels.IMPORTED = (), ("colorsys",)  # quick to import, and by nothing else here
+kernels.IMPORTED = ("colorsys",)  # quick to import, and by nothing else here
 assert kernels.prepare()
 cells = [nbformat.v4.new_code_cell(source) for source in sys.argv[1:]]
 notebook = nbformat.v4.new_notebook(cells=cells)
@@ -81,11 +85,22 @@ def test_no_copies_where_there_is_a_gpu(monkeypatch, tmp_path):
     assert not kernels.prepare()
 
 
-def test_a_copy_need_not_import_what_the_runner_imports():
-    """multiprocessing runs the main module again in every copy, `lib.run` in a run: only itself may be left to load."""
-    told = "import importlib, sys\nfrom lib import kernels\n"
-    told += "for name in ('ipykernel.kernelapp', *kernels.RUNNER):\n    importlib.import_module(name)\n"
-    told += "before = set(sys.modules)\nimport lib.run\nprint(*(set(sys.modules) - before))"
-    env = os.environ | {"PYTHONPATH": str(paths.ROOT)}
-    found = subprocess.run([sys.executable, "-c", told], env=env, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["lib.run"]
+def test_a_copy_does_not_run_the_runner_again(tmp_path):
+    """multiprocessing would run its main module again, with all imports, in every copy; not a package's `__main__`."""
+    place = project_copy.make(tmp_path / "p")
+    module = place / "lib" / "kernels.py"
+    quick, changed = re.subn(r"^IMPORTED = .*$", 'IMPORTED = ("colorsys",)', module.read_text("utf-8"), flags=re.M)
+    assert changed == 1
+    module.write_text(quick, "utf-8")
+    shutil.rmtree(place / "notebooks")
+    (place / "notebooks").mkdir()
+    given = nbformat.v4.new_code_cell('profile = "smoke"\nseed = 0\noverrides = {}', metadata={"tags": ["parameters"]})
+    told = "import sys\nprint(*(n in sys.modules for n in ('colorsys', 'lib.steps')), end='')"
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    for name in ("01_first", "02_second"):
+        book = nbformat.v4.new_notebook(cells=[given, nbformat.v4.new_code_cell(told)], metadata=kernel)
+        nbformat.write(book, place / "notebooks" / f"{name}.ipynb")
+    code, _, err = project_copy.run(place, "--profile", "smoke")
+    assert code == 0, err
+    second = nbformat.read(place / "results" / "smoke" / "notebooks" / "02_second.ipynb", as_version=4)
+    assert [o.text for o in second.cells[-1].outputs] == ["True False"]  # only the runner imports lib.steps
